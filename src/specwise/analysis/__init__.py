@@ -1,0 +1,1 @@
+"""What it means: acceptance, latency, paired effects, the crossover."""

@@ -1,0 +1,1 @@
+"""What to do: conditions, the verdict, a schedule of k."""

@@ -1,0 +1,352 @@
+"""The nouns of specwise: frozen values that every other module speaks in.
+
+Nothing here reads a file, opens a socket or knows a vLLM flag. Times are seconds unless the name
+says otherwise; a time inside a record counts from the start of its trial part, on a monotonic
+clock, so that two records of one part can be compared to the microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasName)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How an arm speculates.
+
+    ``k`` is the draft length (``num_speculative_tokens``); ``draft`` the draft model's path or hub
+    id, None for methods without one (ngram, suffix). ``schedule`` holds (first batch size, last
+    batch size, k) rows, empty when k is static. ``options`` are further fields of the engine's
+    speculative configuration, passed on as they are.
+    """
+
+    method: str
+    k: int
+    draft: str | None = None
+    schedule: tuple[tuple[int, int, int], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """How specwise starts a server: the model, the engine that runs it and its arguments.
+
+    ``engine`` is "embedded" for the vLLM that specwise installs itself, otherwise the path of a
+    Python interpreter that can import vLLM. ``arguments`` are vLLM's own, one list entry per word.
+    """
+
+    model: str
+    engine: str = "embedded"
+    served_name: str = ""
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One serving configuration under test; the baseline arm has no ``speculation``.
+
+    Exactly one of ``deployment`` (specwise starts it) and ``url`` (it runs already) is set.
+    ``speculation`` of a ``url`` arm is what its owner says it runs; the probe checks what it can.
+    """
+
+    name: str
+    speculation: Speculation | None = None
+    deployment: Deployment | None = None
+    url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this arm serves without speculation."""
+        return self.speculation is None
+
+
+class Api(StrEnum):
+    """The OpenAI endpoint a segment's prompts are sent to."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Requests of one kind: where the prompts come from and how they are sampled."""
+
+    name: str
+    prompts: str
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    api: Api = Api.CHAT
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one trial sends: shares of segments, adding up to 1. A pure segment has one share."""
+
+    name: str
+    shares: tuple[tuple[str, float], ...]
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether requests of several segments share the server."""
+        return len(self.shares) > 1
+
+
+class Loop(StrEnum):
+    """Who paces the requests: the clients (closed) or the schedule (open)."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LoadPoint:
+    """An arrival rate (open loop, requests per second) or a concurrency (closed loop).
+
+    ``arrivals`` names the open loop's process: constant, poisson, gamma or trace.
+    """
+
+    loop: Loop
+    value: float
+    arrivals: str = ""
+
+    @property
+    def label(self) -> str:
+        """Short form for tables and folder names: ``c16`` or ``2.5rps``."""
+        return f"c{self.value:g}" if self.loop is Loop.CLOSED else f"{self.value:g}rps"
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What each request must meet to count as goodput, and what the service is bound by.
+
+    A limit of None does not apply. ``bound`` is "ttft", "tpot" or "throughput".
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+    bound: str = "tpot"
+
+
+class AcceptanceSource(StrEnum):
+    """Where an acceptance figure came from, best first."""
+
+    PER_REQUEST = "per_request"  # the server's own figures in the response
+    COUNTERS = "counters"  # /metrics differences around a trial on an otherwise idle server
+    CHUNKS = "chunks"  # inferred from tokens per streamed chunk: an estimate
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptanceCounts:
+    """Verify steps of one request (or trial) by the number of drafts accepted.
+
+    ``steps_by_accepted[i]`` is how many verify steps accepted exactly i drafts.
+    ``drafted_tokens`` is None where the source cannot tell (chunks).
+    """
+
+    source: AcceptanceSource
+    steps_by_accepted: tuple[int, ...]
+    drafted_tokens: int | None
+
+    @property
+    def steps(self) -> int:
+        """Number of verify steps."""
+        return sum(self.steps_by_accepted)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafts accepted over all steps."""
+        return sum(i * n for i, n in enumerate(self.steps_by_accepted))
+
+
+class Outcome(StrEnum):
+    """How a request ended. Everything but OK counts against goodput."""
+
+    OK = "ok"
+    HTTP_ERROR = "http_error"  # a status other than 200
+    STREAM_ERROR = "stream_error"  # malformed or server-reported error inside the stream
+    CUT = "cut"  # the connection closed before the stream ended
+    TIMEOUT = "timeout"
+    REFUSED = "refused"  # no connection
+    CANCELLED = "cancelled"  # stopped by the user or by the end of the run
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request as it happened: the raw material of every figure.
+
+    Times are seconds from the start of the trial part ``part``. ``intended_s`` is when the
+    schedule wanted it on the wire (closed loop: when a client became free), ``sent_s`` just before
+    the socket write. ``chunk_s[i]`` is when SSE chunk i arrived and ``chunk_tokens[i]`` the output
+    tokens it carried, or None where the server does not say. ``prompt_tokens`` and
+    ``output_tokens`` are the server's usage, never counted from chunks. ``output_sha256`` allows
+    equality checks without keeping text.
+    """
+
+    index: int
+    prompt_id: str
+    segment: str
+    temperature: float
+    part: int
+    intended_s: float
+    sent_s: float
+    chunk_s: tuple[float, ...]
+    chunk_tokens: tuple[int, ...] | None
+    finished_s: float
+    outcome: Outcome
+    status: int | None = None
+    error: str | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str | None = None
+    acceptance: AcceptanceCounts | None = None
+    output_sha256: str | None = None
+    output_text: str | None = None
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Arrival of the first chunk that carried output, None if none did."""
+        if self.chunk_tokens is None:
+            return self.chunk_s[0] if self.chunk_s else None
+        return next((t for t, n in zip(self.chunk_s, self.chunk_tokens, strict=True) if n), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHealth:
+    """The load generator's own condition during a trial part.
+
+    ``lateness_s_p99`` is sent minus intended (open loop), ``loop_lag_s_p99`` how late its own
+    timer ran, ``cpu_share`` its processor time over wall time, per worker.
+    """
+
+    lateness_s_p50: float
+    lateness_s_p99: float
+    loop_lag_s_p99: float
+    cpu_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class GaugeSample:
+    """Server gauges at one moment of a trial part; None is "not exported", never zero."""
+
+    at_s: float
+    running: float | None
+    waiting: float | None
+    kv_use: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrialPart:
+    """One uninterrupted stretch of a trial; a resumed trial has several.
+
+    ``counters`` are the differences of the server's counters over the part, by canonical name;
+    ``counters_reset`` says that the server restarted inside it, which makes them unusable.
+    """
+
+    started_at: str
+    duration_s: float
+    client: ClientHealth
+    counters: Mapping[str, float] = field(default_factory=dict)
+    counters_reset: bool = False
+    gauges: tuple[GaugeSample, ...] = ()
+
+
+class Purpose(StrEnum):
+    """Why a trial runs."""
+
+    MEASURE = "measure"
+    NOISE_FLOOR = "noise_floor"  # the baseline once more, same prompts: the A/A trial
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One arm at one load point, once: its place in the design."""
+
+    trial_id: str
+    arm: str
+    workload: str
+    load: LoadPoint
+    repeat: int
+    purpose: Purpose
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyDesign:
+    """Everything that was decided before the first request.
+
+    ``arms[0]`` is the baseline. ``production_load`` is the load point that the verdict is about.
+    ``trials`` stand in the order of execution.
+    """
+
+    name: str
+    seed: int
+    arms: tuple[Arm, ...]
+    segments: tuple[Segment, ...]
+    workloads: tuple[Workload, ...]
+    loads: tuple[LoadPoint, ...]
+    production_load: LoadPoint
+    production_workload: str
+    slo: Slo
+    trials: tuple[Trial, ...]
+    timeout_s: float
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name; KeyError if there is none."""
+        return _named(name, self.arms)
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name; KeyError if there is none."""
+        return _named(name, self.segments)
+
+    def workload(self, name: str) -> Workload:
+        """The workload of that name; KeyError if there is none."""
+        return _named(name, self.workloads)
+
+
+def _named(name: str, items: Sequence[_Named]) -> _Named:
+    """The item whose ``name`` matches; KeyError with the name if none does."""
+    for item in items:
+        if item.name == name:
+            return item
+    raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredTrial:
+    """A trial and what happened in it. ``complete`` is False for one that was interrupted."""
+
+    trial: Trial
+    records: tuple[RequestRecord, ...]
+    parts: tuple[TrialPart, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StudyData:
+    """A study folder read back: the design, its provenance and every trial measured so far.
+
+    ``predicted`` marks data that a simulation made; everything shown from it must say so.
+    """
+
+    design: StudyDesign
+    provenance: Mapping[str, Any]
+    trials: tuple[MeasuredTrial, ...]
+    folder: str
+    predicted: bool = False

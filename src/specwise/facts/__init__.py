@@ -1,0 +1,1 @@
+"""What is known before anything runs: checkpoints, hardware, the bundled pair, publications."""

@@ -1,0 +1,1 @@
+"""What happened: prompts, arrivals, load, the study and its folder."""

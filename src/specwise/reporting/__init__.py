@@ -1,0 +1,1 @@
+"""How it is shown: console, figures, one HTML file, JSON, exports."""

@@ -1,0 +1,1 @@
+"""All knowledge of vLLM, and nowhere else: flags, servers, metrics, responses."""
