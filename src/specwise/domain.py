@@ -117,12 +117,15 @@ class Loop(StrEnum):
 class LoadPoint:
     """An arrival rate (open loop, requests per second) or a concurrency (closed loop).
 
-    ``arrivals`` names the open loop's process: constant, poisson, gamma or trace.
+    ``arrivals`` names the open loop's process: constant, poisson, gamma or trace. ``burstiness``
+    is the gamma process's shape (1 is Poisson, below 1 bursts); ``trace`` a file of send times.
     """
 
     loop: Loop
     value: float
     arrivals: str = ""
+    burstiness: float = 1.0
+    trace: str = ""
 
     @property
     def label(self) -> str:
@@ -255,7 +258,8 @@ class GaugeSample:
 class TrialPart:
     """One uninterrupted stretch of a trial; a resumed trial has several.
 
-    ``counters`` are the differences of the server's counters over the part, by canonical name;
+    ``number`` is the ``part`` of its records. A part that was killed leaves records and no
+    `TrialPart`. ``counters`` are the differences of the server's counters over the part, by canonical name;
     ``counters_reset`` says that the server restarted inside it, which makes them unusable.
     """
 
@@ -265,6 +269,7 @@ class TrialPart:
     counters: Mapping[str, float] = field(default_factory=dict)
     counters_reset: bool = False
     gauges: tuple[GaugeSample, ...] = ()
+    number: int = 0
 
 
 class Purpose(StrEnum):
@@ -292,7 +297,9 @@ class StudyDesign:
     """Everything that was decided before the first request.
 
     ``arms[0]`` is the baseline. ``production_load`` is the load point that the verdict is about.
-    ``trials`` stand in the order of execution.
+    ``trials`` stand in the order of execution. ``warmup`` is the number of warm-up prompts per
+    segment; ``servers_together`` keeps all servers that specwise starts in memory, the idle ones
+    suspended, so that arms can alternate; ``keep_text`` stores the outputs because the user asked.
     """
 
     name: str
@@ -306,6 +313,9 @@ class StudyDesign:
     slo: Slo
     trials: tuple[Trial, ...]
     timeout_s: float
+    warmup: int = 2
+    servers_together: bool = True
+    keep_text: bool = False
 
     def arm(self, name: str) -> Arm:
         """The arm of that name; KeyError if there is none."""

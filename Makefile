@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`, each from nothing.
+PYTHON ?= python3
+VENV := .venv
+SPECWISE := $(VENV)/bin/specwise
+
+.PHONY: demo test lint lock clean
+
+demo: $(VENV)/.installed
+	$(SPECWISE) engine install
+	$(SPECWISE) demo
+
+test: $(VENV)/.installed-dev
+	scripts/install-chromium
+	$(SPECWISE) engine install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+$(VENV)/.installed: requirements/runtime.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --require-hashes -r requirements/runtime.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.installed-dev: requirements/dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --require-hashes -r requirements/dev.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@ $(VENV)/.installed
+
+# Resolve the pinned lists anew, after a change of dependencies in pyproject.toml.
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet pip-tools
+	$(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url \
+	  --no-emit-trusted-host --no-emit-find-links --allow-unsafe \
+	  --output-file requirements/runtime.lock pyproject.toml requirements/build.in
+	$(VENV)/bin/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url \
+	  --no-emit-trusted-host --no-emit-find-links --allow-unsafe --extra dev \
+	  --output-file requirements/dev.lock pyproject.toml requirements/build.in
+
+clean:
+	rm -rf $(VENV)

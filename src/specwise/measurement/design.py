@@ -1,0 +1,395 @@
+"""The study file: TOML in, a `StudyDesign` out, trials in their order of execution.
+
+Order of trials (architecture rule 2). Within a block (workload, load, repeat) every arm runs once
+on the same prompts. The order of arms is reversed from one block to the next and from one repeat
+to the next (A B C, C B A, ...), so that slow drift of the machine falls on all arms alike. In one
+block per load point the baseline runs a second time at the far end of the block: the A/A trial.
+With servers that cannot stay in memory together, one arm runs all its blocks of a repeat before
+the next starts, and the order of arms is reversed between repeats.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from specwise.domain import (
+    Api,
+    Arm,
+    Deployment,
+    LoadPoint,
+    Loop,
+    Purpose,
+    Segment,
+    Slo,
+    Speculation,
+    StudyDesign,
+    Trial,
+    Workload,
+)
+from specwise.errors import StudyFileError
+
+STUDY_FILE_SCHEMA = 1
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _SloTable(_Table):
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    e2e_ms: Positive | None = None
+    bound: Literal["ttft", "tpot", "throughput"] = "tpot"
+
+
+class _ServeTable(_Table):
+    """How specwise starts the arms that have no url; an arm may override any of it."""
+
+    model: str | None = None
+    engine: str | None = None
+    served_name: str | None = None
+    arguments: list[str] = []
+    environment: dict[str, str] = {}
+    together: bool = True
+
+
+class _SpeculationTable(_Table):
+    method: str
+    k: PositiveInt
+    draft: str | None = None
+    schedule: list[tuple[int, int, int]] = []
+    options: dict[str, Any] = {}
+
+
+class _ArmTable(_Table):
+    name: Name
+    speculation: _SpeculationTable | None = None
+    url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    engine: str | None = None
+    arguments: list[str] = []
+    environment: dict[str, str] = {}
+
+
+class _SegmentTable(_Table):
+    name: Name
+    prompts: str
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: PositiveInt = 128
+    api: Api = Api.CHAT
+
+
+class _WorkloadTable(_Table):
+    name: Name
+    shares: dict[str, Positive]
+
+
+class _LoadTable(_Table):
+    concurrency: list[PositiveInt] = []
+    rate_per_s: list[Positive] = []
+    arrivals: Literal["constant", "poisson", "gamma", "trace"] = "poisson"
+    burstiness: Positive = 1.0
+    trace: str = ""
+    requests: PositiveInt | list[PositiveInt] = 32
+    production: Positive | None = None
+    production_workload: str | None = None
+    repeats: PositiveInt = 2
+    noise_floor: bool = True
+    warmup: Annotated[int, Field(ge=0)] = 2
+    timeout_s: Positive = 120.0
+
+
+class _StudyTable(_Table):
+    schema_version: Annotated[int, Field(alias="schema")] = STUDY_FILE_SCHEMA
+    name: Name
+    seed: int = 0
+    keep_text: bool = False
+    slo: _SloTable = _SloTable()
+    serve: _ServeTable = _ServeTable()
+    arm: list[_ArmTable]
+    segment: list[_SegmentTable]
+    workload: list[_WorkloadTable] = []
+    load: _LoadTable
+
+
+def read_study_file(path: Path) -> tuple[StudyDesign, str]:
+    """The design in the TOML file at ``path``, and the file's text.
+
+    Raises StudyFileError that names the offending key if the file is missing or wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyFileError(
+            f"Study file {path} does not exist.",
+            "`specwise measure --example` prints one to start from.",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError(f"Study file {path} cannot be read: {error}.") from error
+    return parse_study(text, name=str(path)), text
+
+
+def parse_study(text: str, *, name: str) -> StudyDesign:
+    """The design in TOML ``text``; ``name`` is what error messages call it."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyFileError(f"{name} is not valid TOML: {error}.") from error
+    if raw.get("schema", STUDY_FILE_SCHEMA) != STUDY_FILE_SCHEMA:
+        raise StudyFileError(
+            f"{name} says schema = {raw['schema']}; this specwise reads {STUDY_FILE_SCHEMA}.",
+            "Use the specwise it was written for, or see docs/reference/study-file.md.",
+        )
+    try:
+        table = _StudyTable.model_validate(raw)
+    except ValidationError as error:
+        raise StudyFileError(f"{name}: {_explain(error)}", _NEXT) from error
+    return _design(table, name)
+
+
+_NEXT = "docs/reference/study-file.md lists every key; `specwise measure --example` prints a file."
+
+
+def _explain(error: ValidationError) -> str:
+    """All problems of a study file, one clause each, with the key as it stands in the TOML."""
+    clauses = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            clauses.append(f"unknown key {key}")
+        elif problem["type"] == "missing":
+            clauses.append(f"{key} is missing")
+        else:
+            clauses.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(clauses) + "."
+
+
+def _design(table: _StudyTable, name: str) -> StudyDesign:
+    arms = tuple(_arm(arm, table.serve, name) for arm in table.arm)
+    _unique(name, "arm", [arm.name for arm in arms])
+    _unique(name, "segment", [segment.name for segment in table.segment])
+    baselines = [arm for arm in arms if arm.is_baseline]
+    if len(baselines) != 1 or len(arms) < 2:
+        raise StudyFileError(
+            f"{name} needs one arm without speculation (the baseline) and at least one with; "
+            f"it has {len(baselines)} without and {len(arms) - len(baselines)} with.",
+            "Add or correct an [[arm]]; [arm.speculation] says how an arm speculates.",
+        )
+    arms = (*baselines, *(arm for arm in arms if not arm.is_baseline))
+    segments = tuple(Segment(**segment.model_dump()) for segment in table.segment)
+    workloads = _workloads(table, name)
+    loads = _loads(table.load, name)
+    per_load = _requests(table.load, loads, name)
+    production = _production_load(table.load, loads, name)
+    default_workload = next((w for w in workloads if w.is_mix), workloads[0]).name
+    production_workload = table.load.production_workload or default_workload
+    if production_workload not in [w.name for w in workloads]:
+        raise StudyFileError(
+            f"{name}: load.production_workload {production_workload!r} is neither a segment nor "
+            "a workload of this study."
+        )
+    return StudyDesign(
+        name=table.name,
+        seed=table.seed,
+        arms=arms,
+        segments=segments,
+        workloads=workloads,
+        loads=loads,
+        production_load=production,
+        production_workload=production_workload,
+        slo=Slo(
+            ttft_s=_seconds(table.slo.ttft_ms),
+            tpot_s=_seconds(table.slo.tpot_ms),
+            e2e_s=_seconds(table.slo.e2e_ms),
+            bound=table.slo.bound,
+        ),
+        trials=order_trials(
+            arms,
+            workloads,
+            loads,
+            requests=per_load,
+            repeats=table.load.repeats,
+            noise_workload=production_workload if table.load.noise_floor else None,
+            together=table.serve.together,
+        ),
+        timeout_s=table.load.timeout_s,
+        warmup=table.load.warmup,
+        servers_together=table.serve.together,
+        keep_text=table.keep_text,
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _unique(name: str, what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for item in names:
+        if item in seen:
+            raise StudyFileError(f"{name} has two {what}s named {item!r}.", "Rename one.")
+        seen.add(item)
+
+
+def _arm(arm: _ArmTable, serve: _ServeTable, name: str) -> Arm:
+    speculation = None
+    if arm.speculation is not None:
+        speculation = Speculation(
+            method=arm.speculation.method,
+            k=arm.speculation.k,
+            draft=arm.speculation.draft,
+            schedule=tuple(arm.speculation.schedule),
+            options=arm.speculation.options,
+        )
+    if arm.url is not None:
+        if arm.arguments or arm.environment or arm.engine:
+            raise StudyFileError(
+                f"{name}: arm {arm.name!r} has a url and also says how to start a server.",
+                "Keep the url, or the arguments, environment and engine.",
+            )
+        if not arm.url.startswith(("http://", "https://")):
+            raise StudyFileError(f"{name}: arm {arm.name!r}: url must start with http(s)://.")
+        return Arm(
+            name=arm.name,
+            speculation=speculation,
+            url=arm.url.rstrip("/").removesuffix("/v1"),
+            model=arm.model or serve.model,
+            api_key_env=arm.api_key_env,
+        )
+    model = arm.model or serve.model
+    if model is None:
+        raise StudyFileError(
+            f"{name}: arm {arm.name!r} has neither a url nor a model to serve.",
+            "Set url, or model in the arm or in [serve].",
+        )
+    return Arm(
+        name=arm.name,
+        speculation=speculation,
+        deployment=Deployment(
+            model=model,
+            engine=arm.engine or serve.engine or "embedded",
+            served_name=serve.served_name or "",
+            arguments=(*serve.arguments, *arm.arguments),
+            environment={**serve.environment, **arm.environment},
+        ),
+        api_key_env=arm.api_key_env,
+    )
+
+
+def _workloads(table: _StudyTable, name: str) -> tuple[Workload, ...]:
+    segments = [segment.name for segment in table.segment]
+    workloads = [Workload(segment, ((segment, 1.0),)) for segment in segments]
+    for mix in table.workload:
+        unknown = [segment for segment in mix.shares if segment not in segments]
+        if unknown or len(mix.shares) < 2:
+            raise StudyFileError(
+                f"{name}: workload {mix.name!r} must mix two or more segments of this study"
+                + (f"; {', '.join(unknown)} is not one." if unknown else "."),
+                "Every segment is already a workload of its own.",
+            )
+        total = sum(mix.shares.values())
+        shares = tuple((segment, share / total) for segment, share in mix.shares.items())
+        workloads.append(Workload(mix.name, shares))
+    _unique(name, "workload", [workload.name for workload in workloads])
+    return tuple(workloads)
+
+
+def _loads(load: _LoadTable, name: str) -> tuple[LoadPoint, ...]:
+    if bool(load.concurrency) == bool(load.rate_per_s):
+        raise StudyFileError(
+            f"{name}: [load] needs either concurrency (closed loop) or rate_per_s (open loop).",
+            "For example concurrency = [1, 4, 16].",
+        )
+    if (load.arrivals == "trace") != bool(load.trace):
+        raise StudyFileError(f'{name}: arrivals = "trace" and load.trace = "FILE" go together.')
+    if load.concurrency:
+        points = [LoadPoint(Loop.CLOSED, value) for value in load.concurrency]
+    else:
+        points = [
+            LoadPoint(Loop.OPEN, value, load.arrivals, load.burstiness, load.trace)
+            for value in load.rate_per_s
+        ]
+    _unique(name, "load point", [point.label for point in points])
+    return tuple(sorted(points))
+
+
+def _requests(load: _LoadTable, loads: tuple[LoadPoint, ...], name: str) -> Mapping[LoadPoint, int]:
+    if isinstance(load.requests, int):
+        return dict.fromkeys(loads, load.requests)
+    values = load.concurrency or load.rate_per_s
+    if len(load.requests) != len(values):
+        raise StudyFileError(
+            f"{name}: load.requests has {len(load.requests)} entries for {len(values)} load points."
+        )
+    by_value = dict(zip(values, load.requests, strict=True))
+    return {point: by_value[point.value] for point in loads}
+
+
+def _production_load(load: _LoadTable, loads: tuple[LoadPoint, ...], name: str) -> LoadPoint:
+    if load.production is None:
+        return loads[-1]
+    for point in loads:
+        if point.value == load.production:
+            return point
+    raise StudyFileError(
+        f"{name}: load.production = {load.production:g} is not among the load points.",
+        "The verdict is about production's load, so it must be measured: add it to the list.",
+    )
+
+
+def order_trials(
+    arms: tuple[Arm, ...],
+    workloads: tuple[Workload, ...],
+    loads: tuple[LoadPoint, ...],
+    *,
+    requests: Mapping[LoadPoint, int],
+    repeats: int,
+    noise_workload: str | None,
+    together: bool,
+) -> tuple[Trial, ...]:
+    """Every trial of the design in the order of execution described at the top of this module."""
+    baseline = arms[0].name
+    planned: list[tuple[str, str, LoadPoint, int, Purpose]] = []
+    blocks = [(workload.name, load) for workload in workloads for load in loads]
+    for repeat in range(repeats):
+        names = [arm.name for arm in arms]
+        if not together:
+            ordered = names if repeat % 2 == 0 else names[::-1]
+            for name in ordered:
+                for workload, load in blocks:
+                    planned.append((name, workload, load, repeat, Purpose.MEASURE))
+                    if name == baseline and workload == noise_workload and repeat == 0:
+                        planned.append((name, workload, load, repeat, Purpose.NOISE_FLOOR))
+            continue
+        for number, (workload, load) in enumerate(blocks):
+            forward = (number + repeat) % 2 == 0
+            ordered = names if forward else names[::-1]
+            block = [(name, workload, load, repeat, Purpose.MEASURE) for name in ordered]
+            if workload == noise_workload and repeat == 0:
+                again = (baseline, workload, load, repeat, Purpose.NOISE_FLOOR)
+                block = [*block, again] if forward else [again, *block]
+            planned.extend(block)
+    return tuple(
+        Trial(
+            trial_id=f"{number:04d}-{arm}-{workload}-{load.label}-r{repeat}"
+            + ("-aa" if purpose is Purpose.NOISE_FLOOR else ""),
+            arm=arm,
+            workload=workload,
+            load=load,
+            repeat=repeat,
+            purpose=purpose,
+            requests=requests[load],
+        )
+        for number, (arm, workload, load, repeat, purpose) in enumerate(planned, start=1)
+    )
