@@ -1,0 +1,390 @@
+"""Streamed answers of vLLM's OpenAI endpoints: the request body, and the SSE bytes as typed events.
+
+Written against vLLM 0.32 (``entrypoints/openai/{chat_completion,completion}/serving.py``): one
+chunk is one engine step; chat puts a role chunk without tokens before the first; with
+``continuous_usage_stats`` every chunk carries the running token count; the last chunk before
+``[DONE]`` has no choices, the final usage and, where the server was asked to,
+``metrics.speculative_decoding`` (``v1/metrics/stats.py``, ``RequestSpecDecodeMetrics``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+
+from specwise.domain import AcceptanceCounts, AcceptanceSource, Api
+
+_PATHS = {Api.CHAT: "/v1/chat/completions", Api.COMPLETIONS: "/v1/completions"}
+_MAX_EVENT_BYTES = 8 * 2**20
+
+
+def endpoint(api: Api) -> str:
+    """The path that requests of this API are posted to."""
+    return _PATHS[api]
+
+
+def request_body(
+    api: Api,
+    *,
+    model: str,
+    prompt: str | Sequence[Mapping[str, Any]],
+    max_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The JSON of one streaming request, usage and running token counts asked for.
+
+    ``prompt`` is text or, for chat, a list of messages; text becomes one user message there.
+    ``extra`` adds or replaces fields, but cannot switch streaming or its usage reports off.
+    """
+    body: dict[str, Any] = {"model": model}
+    if api is Api.CHAT:
+        body["messages"] = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        )
+    elif isinstance(prompt, str):
+        body["prompt"] = prompt
+    else:
+        raise TypeError("the completions API takes a prompt of text, not a list of messages")
+    body |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    if seed is not None:
+        body["seed"] = seed
+    body |= dict(extra or {})
+    body |= {
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    return orjson.dumps(body)
+
+
+class Usage(NamedTuple):
+    """The server's token counts so far (in a chunk) or in all (in the last one)."""
+
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+
+
+class Delta(NamedTuple):
+    """A chunk with a choice: what the model wrote in one step.
+
+    ``text`` is content, reasoning and tool-call arguments alike, in the order of arrival.
+    ``opens`` marks chat's role chunk, which carries no token.
+    """
+
+    text: str
+    finish_reason: str | None
+    usage: Usage | None
+    opens: bool
+
+
+class Summary(NamedTuple):
+    """The trailing chunk without choices: final usage and speculation figures."""
+
+    usage: Usage | None
+    acceptance: AcceptanceCounts | None
+
+
+class Fault(NamedTuple):
+    """An error that the server put into the stream, or an event that cannot be understood."""
+
+    message: str
+    by_server: bool
+
+
+class Done(NamedTuple):
+    """``[DONE]``: the server has said everything."""
+
+
+Event = Delta | Summary | Fault | Done
+
+
+def parse_event(payload: bytes) -> Event:
+    """One SSE event's data as a typed event; what cannot be understood becomes a Fault."""
+    if payload.strip() == b"[DONE]":
+        return Done()
+    try:
+        message = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return Fault("an event of the stream is not JSON", by_server=False)
+    if not isinstance(message, dict):
+        return Fault("an event of the stream is not a JSON object", by_server=False)
+    if message.get("error") or message.get("object") == "error":
+        return Fault(error_message(message), by_server=True)
+    try:
+        return _chunk(message)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+        return Fault("an event of the stream has not the shape of a completion chunk", False)
+
+
+def _chunk(message: dict[str, Any]) -> Delta | Summary:
+    usage = message.get("usage")
+    if usage is not None:
+        usage = _usage(usage)
+    choices = message.get("choices")
+    if not choices:
+        return Summary(usage, _acceptance(message.get("metrics")))
+    choice = choices[0]
+    delta = choice.get("delta")
+    if delta is None:
+        text = choice.get("text") or ""
+        opens = False
+    else:
+        text = delta.get("content") or ""
+        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        if reasoning:
+            text = reasoning + text
+        tool_calls = delta.get("tool_calls")
+        if tool_calls:
+            text += "".join(
+                (call.get("function") or {}).get("arguments") or "" for call in tool_calls
+            )
+        opens = bool(delta.get("role")) and not text
+    if not isinstance(text, str):
+        raise TypeError(text)
+    return Delta(text, choice.get("finish_reason"), usage, opens)
+
+
+def error_message(message: Any) -> str:
+    """The text of an error in OpenAI's or vLLM's form (already decoded JSON); "" if none is there.
+
+    The text is the server's and may repeat parts of the request.
+    """
+    if not isinstance(message, dict):
+        return ""
+    error = message.get("error", message)
+    if isinstance(error, str):
+        return error
+    if isinstance(error, dict):
+        text = error.get("message") or error.get("detail")
+        if isinstance(text, str) and text:
+            return text
+    detail = message.get("detail")
+    return detail if isinstance(detail, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedResponse:
+    """A stream read to its end (or to where it broke).
+
+    ``chunk_s`` are the arrival times of the chunks that carried output: role and usage chunks are
+    not among them. ``chunk_tokens`` are the output tokens of each, None if the server gave no
+    running counts. ``output_sha256`` is of the text's UTF-8. ``fault`` is the first error event or
+    malformed event; ``done`` whether ``[DONE]`` came, ``incomplete`` whether the bytes stop inside
+    an event.
+    """
+
+    chunk_s: tuple[float, ...]
+    chunk_tokens: tuple[int, ...] | None
+    prompt_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    finish_reason: str | None
+    acceptance: AcceptanceCounts | None
+    text: str
+    output_sha256: str | None
+    fault: Fault | None
+    done: bool
+    incomplete: bool
+
+
+class StreamReader:
+    """Reads one answer's bytes, in whatever pieces they came, each with its arrival time.
+
+    An event's time is that of the piece that completed it. The outcome does not depend on where
+    the pieces were cut. ``speculative`` permits the estimate from tokens per chunk
+    (``acceptance_from_chunks``) where the server gives no figures of its own.
+    """
+
+    def __init__(self, *, speculative: bool = False) -> None:
+        self._speculative = speculative
+        self._rest = b""
+        self._skip_line_feed = False
+        self._started = False
+        self._times: list[float] = []
+        self._counts: list[int | None] = []
+        self._running = 0
+        self._texts: list[str] = []
+        self._usage = Usage(None, None, None)
+        self._finish_reason: str | None = None
+        self._acceptance: AcceptanceCounts | None = None
+        self._fault: Fault | None = None
+        self._done = False
+
+    def feed(self, at_s: float, data: bytes) -> None:
+        """Take the bytes that arrived at ``at_s``."""
+        if self._skip_line_feed and data:
+            self._skip_line_feed = False
+            if data[:1] == b"\n":
+                data = data[1:]
+        if b"\r" in data:
+            # A line feed that follows in the next piece belongs to this carriage return.
+            self._skip_line_feed = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        rest = self._rest + data
+        if not self._started and rest:
+            if b"\xef\xbb\xbf".startswith(rest[:3]) and len(rest) < 3:
+                self._rest = rest
+                return
+            self._started = True
+            rest = rest.removeprefix(b"\xef\xbb\xbf")
+        if b"\n\n" not in rest:
+            self._rest = rest
+            if len(rest) > _MAX_EVENT_BYTES:
+                self._fail("an event of the stream exceeds 8 MiB")
+                self._rest = b""
+            return
+        *blocks, self._rest = rest.split(b"\n\n")
+        for block in blocks:
+            self._read_block(at_s, block)
+
+    def finish(self, at_s: float) -> StreamedResponse:
+        """What the stream said; ``at_s`` is when it ended."""
+        incomplete = False
+        if self._rest.strip():
+            payload = _data_of(self._rest)
+            # Some servers leave out the blank line after the last event.
+            event = parse_event(payload) if payload else None
+            if isinstance(event, Done | Summary):
+                self._take(at_s, event)
+            else:
+                incomplete = payload is not None
+        self._rest = b""
+        text = "".join(self._texts)
+        tokens = self._tokens_per_chunk()
+        acceptance = self._acceptance
+        if acceptance is None and self._speculative and tokens:
+            acceptance = acceptance_from_chunks(tokens, finished=self._finish_reason is not None)
+        return StreamedResponse(
+            chunk_s=tuple(self._times),
+            chunk_tokens=tokens,
+            prompt_tokens=self._usage.prompt_tokens,
+            output_tokens=self._usage.output_tokens,
+            cached_tokens=self._usage.cached_tokens,
+            finish_reason=self._finish_reason,
+            acceptance=acceptance,
+            text=text,
+            output_sha256=(
+                hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+                if self._times
+                else None
+            ),
+            fault=self._fault,
+            done=self._done,
+            incomplete=incomplete,
+        )
+
+    def _read_block(self, at_s: float, block: bytes) -> None:
+        if block.startswith(b"data: ") and b"\n" not in block:
+            self._take(at_s, parse_event(block[6:]))
+            return
+        payload = _data_of(block)
+        if payload:
+            self._take(at_s, parse_event(payload))
+
+    def _take(self, at_s: float, event: Event) -> None:
+        if self._done:
+            return
+        if isinstance(event, Delta):
+            usage = event.usage
+            tokens = None
+            if usage is not None:
+                self._usage = usage
+                if usage.output_tokens is not None:
+                    tokens = usage.output_tokens - self._running
+                    self._running = usage.output_tokens
+            if event.finish_reason:
+                self._finish_reason = event.finish_reason
+            if event.text or (tokens if tokens is not None else not event.opens):
+                self._times.append(at_s)
+                self._counts.append(tokens)
+                self._texts.append(event.text)
+        elif isinstance(event, Summary):
+            if event.usage is not None:
+                self._usage = event.usage
+            if event.acceptance is not None:
+                self._acceptance = event.acceptance
+        elif isinstance(event, Fault):
+            self._fault = self._fault or event
+        else:
+            self._done = True
+
+    def _fail(self, message: str) -> None:
+        self._fault = self._fault or Fault(message, by_server=False)
+
+    def _tokens_per_chunk(self) -> tuple[int, ...] | None:
+        counts = [n for n in self._counts if n is not None and n >= 0]
+        return tuple(counts) if counts and len(counts) == len(self._counts) else None
+
+
+def read_stream(data: bytes, *, at_s: float = 0.0, speculative: bool = False) -> StreamedResponse:
+    """A whole stream that is at hand already."""
+    reader = StreamReader(speculative=speculative)
+    reader.feed(at_s, data)
+    return reader.finish(at_s)
+
+
+def acceptance_from_chunks(
+    chunk_tokens: Sequence[int], *, finished: bool
+) -> AcceptanceCounts | None:
+    """Verify steps estimated from the tokens per chunk of a speculating server; None if none.
+
+    A chunk of n tokens is a step that accepted n - 1 drafts. The first chunk comes from the prompt
+    pass. The last chunk of a finished answer is left out too, since max_tokens, the end-of-text
+    token or a stop string cut it short. That omission makes the estimate slightly low: a long step
+    is likelier than a short one to be the one that reaches the end; the bias is of the order of
+    one step in the number of steps. Steps in which no draft was proposed count as rejections, and
+    a server that merges steps into one chunk (a slow reader, a stream interval above 1, a parser
+    that withholds text) makes it high. The number of drafts proposed cannot be told.
+    """
+    steps = [n - 1 for n in chunk_tokens[1 : len(chunk_tokens) - bool(finished)] if n > 0]
+    if not steps:
+        return None
+    histogram = [0] * (max(steps) + 1)
+    for accepted in steps:
+        histogram[accepted] += 1
+    return AcceptanceCounts(AcceptanceSource.CHUNKS, tuple(histogram), None)
+
+
+def _data_of(block: bytes) -> bytes | None:
+    """The joined ``data`` lines of an SSE event; None if it has none (comments, other fields)."""
+    lines = []
+    for line in block.split(b"\n"):
+        if line.startswith(b"data:"):
+            lines.append(line[5:].removeprefix(b" "))
+        elif line == b"data":
+            lines.append(b"")
+    return b"\n".join(lines) if lines else None
+
+
+def _usage(raw: Mapping[str, Any]) -> Usage:
+    details = raw.get("prompt_tokens_details")
+    return Usage(
+        _count(raw.get("prompt_tokens")),
+        _count(raw.get("completion_tokens")),
+        _count(details.get("cached_tokens")) if details else None,
+    )
+
+
+def _count(value: Any) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
+def _acceptance(metrics: Any) -> AcceptanceCounts | None:
+    figures = metrics.get("speculative_decoding") if isinstance(metrics, dict) else None
+    if figures is None:
+        return None
+    histogram = tuple(_count(n) or 0 for n in figures["acceptance_histogram"])
+    return AcceptanceCounts(
+        AcceptanceSource.PER_REQUEST, histogram, _count(figures.get("num_draft_tokens"))
+    )
