@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from specwise.domain import LoadPoint
+import numpy as np
+from scipy.special import stdtrit
+
+from specwise.analysis.cells import CellKey, TrialTable, cells, segments_of
+from specwise.analysis.latency import rates
+from specwise.analysis.pairs import (
+    REQUEST_METRICS,
+    SPEEDUP,
+    Metric,
+    PairKey,
+    Pairs,
+    TrialNoise,
+    bootstrap_variances,
+    log_ratio,
+    match_pairs,
+    pair_trials,
+    statistic,
+    trial_noise,
+)
+from specwise.domain import LoadPoint, Purpose, StudyData
 
 Direction = Literal["better", "worse", "undecided"]
 
@@ -53,6 +74,13 @@ class Effect:
             return "worse" if self.better == "higher" else "better"
         return "undecided"
 
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The interval of the ratio at another confidence: exp(log ratio -+ t se)."""
+        if not (math.isfinite(self.se_log) and self.ratio > 0):
+            return math.nan, math.nan
+        half = t_quantile(self.dof, confidence) * self.se_log
+        return self.ratio * math.exp(-half), self.ratio * math.exp(half)
+
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
@@ -86,3 +114,297 @@ class Signature:
     p50: Effect
     p99: Effect
     present: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that compares arms in a study."""
+
+    effects: tuple[Effect, ...]
+    noise_floors: tuple[NoiseFloor, ...]
+    signatures: tuple[Signature, ...]
+
+
+CONFIDENCE = 0.95
+NOISE_FLOOR_METRICS = ("speedup", "ttft_p50", "tpot_p50", "tpot_p99")
+
+
+def compare(study: StudyData, *, seed: int = 0) -> Comparison:
+    """Effects of every candidate arm in every cell and segment, noise floors and signatures.
+
+    Deterministic for a given ``seed``, whatever the order of the cells. The statistics are
+    explained in docs/concepts/statistics.md.
+    """
+    measured = cells(study)
+    baseline = study.design.arms[0].name
+    views = {w.name: segments_of(study, w.name) for w in study.design.workloads}
+    matched = match_pairs(measured, baseline, views)
+    resampled = {
+        key: bootstrap_variances(pairs, REQUEST_METRICS, seed=seed)
+        for key, pairs in matched.items()
+    }
+    noise = {
+        metric.name: trial_noise(measured, baseline, metric, matched, resampled)
+        for metric in REQUEST_METRICS
+    }
+    effects: list[Effect] = []
+    for key in sorted(matched, key=lambda key: _order(study, key)):
+        pairs = matched[key]
+        effects += [
+            _effect(pairs, metric, resampled[key][metric.name], noise[metric.name][pairs.load])
+            for metric in REQUEST_METRICS
+        ]
+        if pairs.segment is None:
+            effects += _rate_effects(
+                pairs, resampled[key]["speedup"], noise["speedup"][pairs.load], seed=seed
+            )
+    return Comparison(
+        effects=tuple(effects),
+        noise_floors=_noise_floors(measured, baseline, seed=seed),
+        signatures=find_signatures(effects),
+    )
+
+
+def speedup_effects(
+    measured: Mapping[CellKey, tuple[TrialTable, ...]], baseline: str, *, seed: int = 0
+) -> tuple[Effect, ...]:
+    """The speedup of every candidate in every whole workload: `compare` for that one metric."""
+    matched = match_pairs(measured, baseline, {})
+    resampled = {
+        key: bootstrap_variances(pairs, (SPEEDUP,), seed=seed) for key, pairs in matched.items()
+    }
+    noise = trial_noise(measured, baseline, SPEEDUP, matched, resampled)
+    return tuple(
+        _effect(pairs, SPEEDUP, resampled[key]["speedup"], noise[pairs.load])
+        for key, pairs in matched.items()
+    )
+
+
+def t_quantile(dof: float, confidence: float) -> float:
+    """Two-sided Student t quantile: P(|T| <= t) = ``confidence``."""
+    return float(stdtrit(max(dof, 1.0), 0.5 + confidence / 2))
+
+
+def find_signatures(effects: Sequence[Effect]) -> tuple[Signature, ...]:
+    """The P50/P99 signature on TPOT and E2E in every cell that has both percentiles."""
+    by_key = {(e.arm, e.workload, e.segment, e.load, e.metric): e for e in effects}
+    found = []
+    for (arm, workload, segment, load, metric), p50 in by_key.items():
+        if metric not in ("tpot_p50", "e2e_p50"):
+            continue
+        name = metric.removesuffix("_p50")
+        p99 = by_key[arm, workload, segment, load, f"{name}_p99"]
+        found.append(Signature(arm, workload, segment, load, name, p50, p99, _signature(p50, p99)))
+    return tuple(found)
+
+
+def _signature(p50: Effect, p99: Effect) -> bool | None:
+    if p50.direction == "better" and p99.direction == "worse":
+        return True
+    if p50.direction == "worse" or p99.direction == "better":
+        return False
+    return None
+
+
+def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> tuple[float, float]:
+    """Standard error of a log ratio over all its pairs, and its degrees of freedom.
+
+    With R repeats, s2 the pooled variance of one trial pair, b2 the bootstrap variance over
+    requests and m2 what is left of s2 when the requests' own noise is taken off:
+
+    - repeats on prompts of their own: SE2 = max(s2 / R, b2 + m2 / R). s2 holds the request noise
+      already; the second term counts for a cell whose requests vary more than the pool's.
+    - repeats that share prompts: SE2 = b2 + s2 / R, because repeats cannot average away what the
+      choice of prompts leaves uncertain.
+    - nothing known about trials: SE2 = b2, a lower bound.
+
+    Degrees of freedom of a sum: Satterthwaite (Biometrics Bulletin 2, 1946).
+    """
+    clusters = int(pairs.cluster.max()) + 1
+    if not noise.dof:
+        return math.sqrt(request_variance), max(clusters - 1, 1)
+    of_trials = noise.pair_variance / pairs.repeats
+    if pairs.shares_prompts:
+        total = request_variance + of_trials
+    else:
+        total = max(of_trials, request_variance + noise.machine_variance / pairs.repeats)
+        if total == of_trials:
+            return math.sqrt(total), noise.dof
+    uncertain = of_trials**2 / noise.dof + request_variance**2 / max(clusters - 1, 1)
+    dof = total**2 / uncertain if uncertain else float(clusters)
+    return math.sqrt(total), max(dof, noise.dof)
+
+
+def _effect(pairs: Pairs, metric: Metric, request_variance: float, noise: TrialNoise) -> Effect:
+    values = statistic(pairs.columns[metric.column], pairs.columns["output_tokens"], metric.kind)
+    log = float(log_ratio(metric, values[0], values[1]))
+    se_log, dof = standard_error(pairs, request_variance, noise)
+    notes = _notes(pairs, noise)
+    known = int((~np.isnan(pairs.columns[metric.column])).all(0).sum())
+    if metric.kind == "p99" and known < 100:
+        notes.append(f"P99 of {known} requests is little more than their maximum")
+    if metric.column == "e2e_s" and metric.kind != "per_token":
+        notes += _length_note(pairs)
+    return _build(
+        pairs,
+        metric.name,
+        metric.better,
+        log=log,
+        se_log=se_log,
+        dof=dof,
+        values=(float(values[0]), float(values[1])),
+        noise=noise,
+        notes=notes,
+        count=known,
+    )
+
+
+def _rate_effects(
+    pairs: Pairs, speedup_variance: float, noise: TrialNoise, *, seed: int
+) -> list[Effect]:
+    """Throughput and goodput: one value a trial, so requests cannot be resampled into them.
+
+    Their noise is taken from the speedup's, whose tokens and times they share; goodput adds the
+    sampling noise of the share of requests that meet the SLO.
+    """
+    sides = [rates(pairs.base_tables, None), rates(pairs.arm_tables, None)]
+    if sides[0] is None or sides[1] is None:
+        return []
+    found = []
+    share_variance, share_note = _slo_variance(pairs, seed=seed)
+    for name, place, extra in (
+        ("output_tokens_per_s", 0, 0.0),
+        ("goodput_per_s", 2, share_variance),
+    ):
+        values = (sides[0][place], sides[1][place])
+        log = math.log(values[1] / values[0]) if min(values) > 0 else math.nan
+        se_log, dof = standard_error(pairs, speedup_variance + extra, noise)
+        notes = _notes(pairs, noise)
+        if place == 2 and share_note:
+            notes.append(share_note)
+        found.append(
+            _build(
+                pairs,
+                name,
+                "higher",
+                log=log,
+                se_log=se_log,
+                dof=dof,
+                values=values,
+                noise=noise,
+                notes=notes,
+                count=pairs.count,
+            )
+        )
+    return found
+
+
+def _slo_variance(pairs: Pairs, *, seed: int) -> tuple[float, str]:
+    """Variance of log(candidate's / baseline's share of requests that meet the SLO).
+
+    Binomial draws, as if the arms were independent: pairs make the truth smaller, never larger.
+    """
+    rows = [
+        np.concatenate([t.meets_slo for t in tables]).astype(np.float64)
+        for tables in (pairs.base_tables, pairs.arm_tables)
+    ]
+    if min(r.sum() for r in rows) == 0:
+        return 0.0, "no request met the SLO in one of the arms"
+    rng = np.random.default_rng([seed, 1, *pairs.seed_words])
+    draws = 200
+    logs = [
+        np.log(np.maximum(rng.binomial(len(r), r.mean(), size=draws) / len(r), 0.5 / len(r)))
+        for r in rows
+    ]
+    return float((logs[1] - logs[0]).var(ddof=1)), ""
+
+
+def _build(
+    pairs: Pairs,
+    metric: str,
+    better: Literal["higher", "lower"],
+    *,
+    log: float,
+    se_log: float,
+    dof: float,
+    values: tuple[float, float],
+    noise: TrialNoise,
+    notes: Sequence[str],
+    count: int,
+) -> Effect:
+    half = t_quantile(dof, CONFIDENCE) * se_log
+    tables = (*pairs.base_tables, *pairs.arm_tables)
+    return Effect(
+        metric=metric,
+        better=better,
+        arm=pairs.arm,
+        workload=pairs.workload,
+        segment=pairs.segment,
+        load=pairs.load,
+        ratio=math.exp(log),
+        low=math.exp(log - half),
+        high=math.exp(log + half),
+        confidence=CONFIDENCE,
+        pairs=count,
+        repeats=pairs.repeats,
+        baseline_value=values[0],
+        candidate_value=values[1],
+        se_log=se_log,
+        dof=dof,
+        trial_noise_known=noise.dof > 0,
+        note="; ".join(notes),
+        trial_ids=tuple(table.trial.trial_id for table in tables),
+    )
+
+
+def _notes(pairs: Pairs, noise: TrialNoise) -> list[str]:
+    notes = []
+    if not noise.dof:
+        notes.append("no repeat and no A/A trial: how much trials differ is unknown")
+    if any(pairs.failed):
+        notes.append(
+            f"failed requests: baseline {pairs.failed[0]}, {pairs.arm} {pairs.failed[1]}; "
+            "only requests that ended OK in both are compared"
+        )
+    return notes
+
+
+def _length_note(pairs: Pairs) -> list[str]:
+    base, candidate = pairs.columns["output_tokens"].mean(1)
+    if abs(candidate / base - 1) <= 0.05:
+        return []
+    return [f"outputs differ in length: {base:.0f} and {candidate:.0f} tokens on average"]
+
+
+def _noise_floors(
+    measured: Mapping[CellKey, tuple[TrialTable, ...]], baseline: str, *, seed: int
+) -> tuple[NoiseFloor, ...]:
+    """Every A/A cell against the baseline trials it repeats, candidate and baseline being one."""
+    metrics = [m for m in REQUEST_METRICS if m.name in NOISE_FLOOR_METRICS]
+    found = []
+    for key in sorted(k for k in measured if k[3] is Purpose.NOISE_FLOOR):
+        _, workload, load, _ = key
+        base = measured.get((baseline, workload, load, Purpose.MEASURE), ())
+        pairs = pair_trials(base, measured[key], (baseline, workload, None, load))
+        if pairs is None:
+            continue
+        variances = bootstrap_variances(pairs, metrics, seed=seed)
+        for metric in metrics:
+            unknown = TrialNoise(0.0, 0.0, 0.0)
+            effect = _effect(pairs, metric, variances[metric.name], unknown)
+            found.append(
+                NoiseFloor(load, workload, metric.name, effect.ratio, effect.low, effect.high)
+            )
+    return tuple(found)
+
+
+def _order(study: StudyData, key: PairKey) -> tuple[int, int, LoadPoint, int]:
+    """Sorts effects by workload, segment, load and arm as the study file lists them."""
+    arm, workload, segment, load = key
+    design = study.design
+    return (
+        [w.name for w in design.workloads].index(workload),
+        segments_of(study, workload).index(segment),
+        load,
+        [a.name for a in design.arms].index(arm),
+    )
