@@ -47,6 +47,16 @@ V0_FLAGS: dict[str, str] = {
     "--disable-logprobs-during-spec-decoding": "disable_logprobs",
 }
 
+# Fields that V1 does not have, and what a user should know instead.
+GONE_WITH_V0: dict[str, str] = {
+    "acceptance_method": "Today's default is lossless rejection sampling; the lossy option of 0.33 "
+    "is rejection_sample_method 'fly'.",
+    "posterior_threshold": "Typical acceptance went with V0.",
+    "posterior_alpha": "Typical acceptance went with V0.",
+    "disable_mqa_scorer": "V0's scorer is gone.",
+    "disable_logprobs": "Logprobs work with speculation now.",
+}
+
 
 def _since(first: str, gone: str = "") -> Span:
     return Span(Version.parse(first), Version.parse(gone) if gone else None)
@@ -152,11 +162,11 @@ def config_from_v0(command: ServeCommand) -> dict[str, Any]:
         del config["model"]
         config = {"method": "ngram", **config}
     elif config:
-        config = {"method": _method_of(str(config.get("model", ""))), **config}
+        config = {"method": method_of(str(config.get("model", ""))), **config}
     return config
 
 
-def _method_of(model: str) -> str:
+def method_of(model: str) -> str:
     """The method V0 found in the checkpoint, as far as its name tells."""
     lower = model.lower()
     for part, method in (
@@ -280,7 +290,7 @@ def _config(speculation: Speculation, options: ServeOptions) -> dict[str, Any]:
     version = options.version
     problem = method_problem(speculation.method, version)
     if problem:
-        raise CommandError(problem[0].upper() + problem[1:] + ".", _instead(version))
+        raise CommandError(problem[0].upper() + problem[1:] + ".", methods_of(version))
     if speculation.method not in WITHOUT_DRAFT and speculation.draft is None:
         raise CommandError(
             f"Method {speculation.method} needs a draft checkpoint.", "Name it with --draft."
@@ -306,7 +316,7 @@ def _config(speculation: Speculation, options: ServeOptions) -> dict[str, Any]:
     return config
 
 
-def _instead(version: Version) -> str:
+def methods_of(version: Version) -> str:
     """Methods the version can run."""
     usable = [m for m in METHODS if method_problem(m, version) is None]
     return f"vLLM {version} runs: {', '.join(usable)}."
@@ -402,7 +412,10 @@ def quantization_instead(value: str, version: Version) -> str:
     if value == "bitsandbytes" and names().quantization["int8_per_channel_weight_only"].holds(
         version
     ):
-        return "quantise while loading with `--quantization int8_per_channel_weight_only`."
+        return (
+            "int8_per_channel_weight_only, which quantises while loading too. It is INT8 where "
+            "bitsandbytes was 4-bit unless told otherwise: check `specwise memory`."
+        )
     near = sorted(n for n, s in names().quantization.items() if s.holds(version))
     return f"one of: {', '.join(near)}."
 
