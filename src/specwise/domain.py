@@ -74,6 +74,92 @@ class Arm:
         return self.speculation is None
 
 
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Layers that cache alike: keys and values of ``heads`` heads, or one compressed ``latent``.
+
+    ``latent`` (MLA) is the width cached per token and layer; it is not split over GPUs. ``window``
+    is the sliding window in tokens, None for full attention.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    latent: int = 0
+    window: int | None = None
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers cached per token over the group's layers, unsplit."""
+        return self.layers * (self.latent or 2 * self.heads * self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a checkpoint's weights are stored: the method's name and bits per weight."""
+
+    method: str
+    weight_bits: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model's metadata says, without its weights.
+
+    ``parameters_from`` is "safetensors" (counted in the headers), "config" (by formula) or "table";
+    ``weight_bytes`` is the size of the stored tensors where the headers were read. ``source`` says
+    where the metadata came from, ``folder`` where its files lie, ``notes`` what is uncertain.
+    """
+
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    active_parameters: int
+    parameters_from: str
+    weight_bytes: int | None
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    vocab_size: int
+    max_positions: int | None
+    kv_groups: tuple[KvGroup, ...]
+    dtype: str = "bfloat16"
+    quantization: Quantization | None = None
+    tied_embeddings: bool = False
+    mtp_layers: int = 0
+    head_method: str | None = None  # eagle, eagle3, medusa: a head, not a model of its own
+    family: str = ""
+    tokenizer_family: str = ""
+    folder: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers cached per token over all layers, as if none had a window."""
+        return sum(group.elements_per_token for group in self.kv_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """An accelerator by its data sheet; ``memory_bytes`` is what a process can see of it.
+
+    ``vendor_gb`` is the number on the box, ``*_flops`` dense operations per second, ``link`` bytes
+    per second in one direction to the next GPU.
+    """
+
+    name: str
+    vendor_gb: float
+    memory_bytes: int
+    bandwidth_bytes_per_s: float
+    bf16_flops: float
+    fp8_flops: float | None
+    int8_flops: float | None
+    link_bytes_per_s: float
+    compute_capability: tuple[int, int]
+    source: str
+
+
 class Api(StrEnum):
     """The OpenAI endpoint a segment's prompts are sent to."""
 
@@ -259,8 +345,9 @@ class TrialPart:
     """One uninterrupted stretch of a trial; a resumed trial has several.
 
     ``number`` is the ``part`` of its records. A part that was killed leaves records and no
-    `TrialPart`. ``counters`` are the differences of the server's counters over the part, by canonical name;
-    ``counters_reset`` says that the server restarted inside it, which makes them unusable.
+    `TrialPart`. ``counters`` are the differences of the server's counters over the part, by
+    canonical name; ``counters_reset`` says that the server restarted inside it, which makes them
+    unusable.
     """
 
     started_at: str
