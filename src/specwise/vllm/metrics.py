@@ -65,7 +65,7 @@ _V0_SPECULATES = "vllm:spec_decode_draft_acceptance_rate"
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Cumulative: ``at_most[i]`` observations were at most ``bounds[i]``, the last of which is inf."""
+    """Cumulative: ``at_most[i]`` observations were at most ``bounds[i]``; the last bound is inf."""
 
     bounds: tuple[float, ...]
     at_most: tuple[float, ...]
