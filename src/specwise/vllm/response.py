@@ -63,31 +63,27 @@ def request_body(
     return orjson.dumps(body)
 
 
-class Usage(NamedTuple):
-    """The server's token counts so far (in a chunk) or in all (in the last one)."""
-
-    prompt_tokens: int | None
-    output_tokens: int | None
-    cached_tokens: int | None
-
-
 class Delta(NamedTuple):
     """A chunk with a choice: what the model wrote in one step.
 
     ``text`` is content, reasoning and tool-call arguments alike, in the order of arrival.
-    ``opens`` marks chat's role chunk, which carries no token.
+    ``output_tokens`` and ``prompt_tokens`` are the server's counts so far, None where it gives
+    none. ``opens`` marks chat's role chunk, which carries no token.
     """
 
     text: str
     finish_reason: str | None
-    usage: Usage | None
+    output_tokens: int | None
+    prompt_tokens: int | None
     opens: bool
 
 
 class Summary(NamedTuple):
-    """The trailing chunk without choices: final usage and speculation figures."""
+    """The trailing chunk without choices: the final counts and the figures on speculation."""
 
-    usage: Usage | None
+    output_tokens: int | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
     acceptance: AcceptanceCounts | None
 
 
@@ -107,48 +103,61 @@ Event = Delta | Summary | Fault | Done
 
 def parse_event(payload: bytes) -> Event:
     """One SSE event's data as a typed event; what cannot be understood becomes a Fault."""
-    if payload.strip() == b"[DONE]":
-        return Done()
     try:
         message = orjson.loads(payload)
     except orjson.JSONDecodeError:
+        if payload.strip() == b"[DONE]":
+            return Done()
         return Fault("an event of the stream is not JSON", by_server=False)
-    if not isinstance(message, dict):
-        return Fault("an event of the stream is not a JSON object", by_server=False)
-    if message.get("error") or message.get("object") == "error":
-        return Fault(error_message(message), by_server=True)
     try:
-        return _chunk(message)
+        choices = message.get("choices")
+        if choices:
+            return _delta(choices[0], message.get("usage"))
+        if message.get("error") or message.get("object") == "error":
+            return Fault(error_message(message), by_server=True)
+        return _summary(message)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError):
         return Fault("an event of the stream has not the shape of a completion chunk", False)
 
 
-def _chunk(message: dict[str, Any]) -> Delta | Summary:
-    usage = message.get("usage")
-    if usage is not None:
-        usage = _usage(usage)
-    choices = message.get("choices")
-    if not choices:
-        return Summary(usage, _acceptance(message.get("metrics")))
-    choice = choices[0]
+def _delta(choice: dict[str, Any], usage: dict[str, Any] | None) -> Delta:
     delta = choice.get("delta")
+    opens = False
     if delta is None:
         text = choice.get("text") or ""
-        opens = False
     else:
         text = delta.get("content") or ""
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
-        if reasoning:
-            text = reasoning + text
-        tool_calls = delta.get("tool_calls")
-        if tool_calls:
-            text += "".join(
-                (call.get("function") or {}).get("arguments") or "" for call in tool_calls
-            )
-        opens = bool(delta.get("role")) and not text
-    if not isinstance(text, str):
+        if len(delta) > 1 or not text:
+            text = _uncommon_text(delta) + text
+            opens = not text and bool(delta.get("role"))
+    if type(text) is not str:
         raise TypeError(text)
-    return Delta(text, choice.get("finish_reason"), usage, opens)
+    if usage is None:
+        return Delta(text, choice.get("finish_reason"), None, None, opens)
+    output_tokens = usage.get("completion_tokens")
+    if type(output_tokens) is not int:
+        output_tokens = _count(output_tokens)
+    return Delta(
+        text, choice.get("finish_reason"), output_tokens, usage.get("prompt_tokens"), opens
+    )
+
+
+def _uncommon_text(delta: dict[str, Any]) -> str:
+    """Reasoning (``reasoning_content`` before vLLM 0.12) and the arguments of tool calls."""
+    text = delta.get("reasoning") or delta.get("reasoning_content") or ""
+    for call in delta.get("tool_calls") or ():
+        text += (call.get("function") or {}).get("arguments") or ""
+    return text
+
+
+def _summary(message: dict[str, Any]) -> Summary:
+    usage = message.get("usage") or {}
+    return Summary(
+        _count(usage.get("completion_tokens")),
+        _count(usage.get("prompt_tokens")),
+        _count((usage.get("prompt_tokens_details") or {}).get("cached_tokens")),
+        _acceptance(message.get("metrics")),
+    )
 
 
 def error_message(message: Any) -> str:
@@ -207,11 +216,13 @@ class StreamReader:
         self._rest = b""
         self._skip_line_feed = False
         self._started = False
-        self._times: list[float] = []
-        self._counts: list[int | None] = []
-        self._running = 0
+        self._chunk_s: list[float] = []
+        self._tokens: list[int | None] = []
+        self._running_tokens = 0
         self._texts: list[str] = []
-        self._usage = Usage(None, None, None)
+        self._prompt_tokens: int | None = None
+        self._output_tokens: int | None = None
+        self._cached_tokens: int | None = None
         self._finish_reason: str | None = None
         self._acceptance: AcceptanceCounts | None = None
         self._fault: Fault | None = None
@@ -219,6 +230,21 @@ class StreamReader:
 
     def feed(self, at_s: float, data: bytes) -> None:
         """Take the bytes that arrived at ``at_s``."""
+        if (
+            data[:7] == b"data: {"
+            and self._started
+            and not self._rest
+            and data.find(b"\n") == len(data) - 2
+            and data[-1] == 10
+            and b"\r" not in data
+        ):
+            # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
+            self._skip_line_feed = False
+            self._take(at_s, parse_event(data[6:]))
+            return
+        self._feed_any(at_s, data)
+
+    def _feed_any(self, at_s: float, data: bytes) -> None:
         if self._skip_line_feed and data:
             self._skip_line_feed = False
             if data[:1] == b"\n":
@@ -229,20 +255,19 @@ class StreamReader:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         rest = self._rest + data
         if not self._started and rest:
-            if b"\xef\xbb\xbf".startswith(rest[:3]) and len(rest) < 3:
+            if len(rest) < 3 and b"\xef\xbb\xbf".startswith(rest):
                 self._rest = rest
                 return
             self._started = True
             rest = rest.removeprefix(b"\xef\xbb\xbf")
-        if b"\n\n" not in rest:
-            self._rest = rest
-            if len(rest) > _MAX_EVENT_BYTES:
-                self._fail("an event of the stream exceeds 8 MiB")
-                self._rest = b""
-            return
         *blocks, self._rest = rest.split(b"\n\n")
         for block in blocks:
-            self._read_block(at_s, block)
+            payload = _data_of(block)
+            if payload:
+                self._take(at_s, parse_event(payload))
+        if len(self._rest) > _MAX_EVENT_BYTES:
+            self._rest = b""
+            self._take(at_s, Fault("an event of the stream exceeds 8 MiB", by_server=False))
 
     def finish(self, at_s: float) -> StreamedResponse:
         """What the stream said; ``at_s`` is when it ended."""
@@ -262,17 +287,17 @@ class StreamReader:
         if acceptance is None and self._speculative and tokens:
             acceptance = acceptance_from_chunks(tokens, finished=self._finish_reason is not None)
         return StreamedResponse(
-            chunk_s=tuple(self._times),
+            chunk_s=tuple(self._chunk_s),
             chunk_tokens=tokens,
-            prompt_tokens=self._usage.prompt_tokens,
-            output_tokens=self._usage.output_tokens,
-            cached_tokens=self._usage.cached_tokens,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            cached_tokens=self._cached_tokens,
             finish_reason=self._finish_reason,
             acceptance=acceptance,
             text=text,
             output_sha256=(
                 hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-                if self._times
+                if self._chunk_s
                 else None
             ),
             fault=self._fault,
@@ -280,34 +305,28 @@ class StreamReader:
             incomplete=incomplete,
         )
 
-    def _read_block(self, at_s: float, block: bytes) -> None:
-        if block.startswith(b"data: ") and b"\n" not in block:
-            self._take(at_s, parse_event(block[6:]))
-            return
-        payload = _data_of(block)
-        if payload:
-            self._take(at_s, parse_event(payload))
-
     def _take(self, at_s: float, event: Event) -> None:
         if self._done:
             return
-        if isinstance(event, Delta):
-            usage = event.usage
+        if type(event) is Delta:
+            text, finish_reason, output_tokens, prompt_tokens, opens = event
             tokens = None
-            if usage is not None:
-                self._usage = usage
-                if usage.output_tokens is not None:
-                    tokens = usage.output_tokens - self._running
-                    self._running = usage.output_tokens
-            if event.finish_reason:
-                self._finish_reason = event.finish_reason
-            if event.text or (tokens if tokens is not None else not event.opens):
-                self._times.append(at_s)
-                self._counts.append(tokens)
-                self._texts.append(event.text)
+            if output_tokens is not None:
+                tokens = output_tokens - self._running_tokens
+                self._running_tokens = self._output_tokens = output_tokens
+                self._prompt_tokens = prompt_tokens
+            if finish_reason:
+                self._finish_reason = finish_reason
+            if text or (tokens if tokens is not None else not opens):
+                self._chunk_s.append(at_s)
+                self._tokens.append(tokens)
+                self._texts.append(text)
         elif isinstance(event, Summary):
-            if event.usage is not None:
-                self._usage = event.usage
+            if event.output_tokens is not None:
+                self._output_tokens = event.output_tokens
+                self._prompt_tokens = event.prompt_tokens
+            if event.cached_tokens is not None:
+                self._cached_tokens = event.cached_tokens
             if event.acceptance is not None:
                 self._acceptance = event.acceptance
         elif isinstance(event, Fault):
@@ -315,12 +334,9 @@ class StreamReader:
         else:
             self._done = True
 
-    def _fail(self, message: str) -> None:
-        self._fault = self._fault or Fault(message, by_server=False)
-
     def _tokens_per_chunk(self) -> tuple[int, ...] | None:
-        counts = [n for n in self._counts if n is not None and n >= 0]
-        return tuple(counts) if counts and len(counts) == len(self._counts) else None
+        counts = [n for n in self._tokens if n is not None and n >= 0]
+        return tuple(counts) if counts and len(counts) == len(self._tokens) else None
 
 
 def read_stream(data: bytes, *, at_s: float = 0.0, speculative: bool = False) -> StreamedResponse:
@@ -361,15 +377,6 @@ def _data_of(block: bytes) -> bytes | None:
         elif line == b"data":
             lines.append(b"")
     return b"\n".join(lines) if lines else None
-
-
-def _usage(raw: Mapping[str, Any]) -> Usage:
-    details = raw.get("prompt_tokens_details")
-    return Usage(
-        _count(raw.get("prompt_tokens")),
-        _count(raw.get("completion_tokens")),
-        _count(details.get("cached_tokens")) if details else None,
-    )
 
 
 def _count(value: Any) -> int | None:

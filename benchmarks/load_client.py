@@ -1,0 +1,319 @@
+"""How right, cheap and punctual specwise's load generator is, beside other clients.
+
+A scripted server (``load_server.py``) on one core keeps the truth: when it read each request and
+when it sent the first and the last chunk. Each client runs in a process of its own on another core,
+alternated over the rounds, on the same open-loop Poisson load. Printed per client: TTFT p50 and p99
+beside the server's, CPU seconds of the whole process per 1,000 chunks, start-up until the server
+read the first request, and lateness; medians over rounds, with their range, and ratios to specwise.
+
+    python benchmarks/load_client.py [--rounds 3] [--vllm-python PATH --tokenizer FOLDER]
+
+Exits with 1 if a bar is missed: TTFT p99 within 10 % at 50,000 chunks/s, at most 0.010 CPU s per
+1,000 chunks, start-up under 1 s, lateness p99 under 2 ms at 50 to 400 requests/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+CHUNKS = 64
+CHUNK_LOADS = (5_000, 20_000, 50_000)
+RATES = (50, 100, 200, 400)
+PROMPT = "word " * 32
+
+
+# --- clients, each in a process of its own ------------------------------------------------------
+
+
+def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from specwise.domain import Api, RequestRecord
+    from specwise.measurement.arrivals import intended_times
+    from specwise.measurement.load import PlannedRequest, Target, run_load
+    from specwise.vllm.response import endpoint, request_body
+
+    body = request_body(Api.CHAT, model="m", prompt=PROMPT, max_tokens=CHUNKS, temperature=0.0)
+    times = intended_times(
+        "poisson", setting["rate"], setting["count"], np.random.default_rng(setting["seed"])
+    )
+    plan = [
+        PlannedRequest(i, f"p{i}", "s", 0.0, endpoint(Api.CHAT), body, t)
+        for i, t in enumerate(times)
+    ]
+    records: list[RequestRecord] = []
+    run = run_load(
+        plan,
+        target=Target(setting["url"], "m"),
+        concurrency=None,
+        part=0,
+        on_record=records.append,
+    )
+    return {
+        "ttft_s": [(r.first_token_s or 0.0) - r.sent_s for r in records],
+        "lateness_s": [r.sent_s - r.intended_s for r in records],
+        "failed": sum(r.outcome != "ok" for r in records),
+        "limits": run.limits,
+        "cpu_share": run.client.cpu_share,
+    }
+
+
+def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
+    import random
+
+    import aiohttp
+
+    rng = random.Random(setting["seed"])  # noqa: S311
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": CHUNKS,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    ttft_s, lateness_s = [], []
+
+    async def one(session: aiohttp.ClientSession, due_s: float) -> None:
+        sent_s = time.perf_counter()
+        lateness_s.append(sent_s - due_s)
+        first_s = 0.0
+        chunk_s = []
+        async with session.post(setting["url"] + "/v1/chat/completions", json=body) as response:
+            async for line in response.content:
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                now_s = time.perf_counter()
+                message = json.loads(line[6:])
+                if message["choices"] and message["choices"][0]["delta"].get("content"):
+                    first_s = first_s or now_s
+                    chunk_s.append(now_s)
+        ttft_s.append(first_s - sent_s)
+
+    async def run() -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            due_s = time.perf_counter()
+            tasks = []
+            for _ in range(setting["count"]):
+                due_s += rng.expovariate(setting["rate"])
+                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                tasks.append(asyncio.create_task(one(session, due_s)))
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    return {"ttft_s": ttft_s, "lateness_s": lateness_s, "failed": setting["count"] - len(ttft_s)}
+
+
+CLIENTS = {"specwise": specwise_client, "aiohttp": aiohttp_client}
+
+
+def run_client(name: str, setting: dict[str, Any]) -> None:
+    result = CLIENTS[name](setting)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result["cpu_s"] = usage.ru_utime + usage.ru_stime
+    print(json.dumps(result))
+
+
+# --- one run of one client ----------------------------------------------------------------------
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+def measure(client: str, setting: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """Run one client against the server and put its figures beside the server's log."""
+    read_log(setting["url"])
+    spawned_s = time.perf_counter()
+    if client == "vllm bench serve":
+        result = run_vllm_bench(setting, options)
+    else:
+        command = [sys.executable, __file__, "--client", client, json.dumps(setting)]
+        done = subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {options.client_core}),
+        )
+        result = json.loads(done.stdout)
+    log = read_log(setting["url"])
+    true_ttft_s = [first - received for received, first, _ in log]
+    chunks = len(log) * CHUNKS
+    span_s = max(last for _, _, last in log) - min(received for received, _, _ in log)
+    own = {share: percentile(result["ttft_s"], share) for share in (0.5, 0.99)}
+    true = {share: percentile(true_ttft_s, share) for share in (0.5, 0.99)}
+    return {
+        "ttft_p50_ms": own[0.5] * 1e3,
+        "true_p50_ms": true[0.5] * 1e3,
+        "ttft_p99_ms": own[0.99] * 1e3,
+        "true_p99_ms": true[0.99] * 1e3,
+        "p99_ratio": own[0.99] / true[0.99],
+        "cpu_s_per_1000": result["cpu_s"] / chunks * 1000,
+        "startup_s": min(received for received, _, _ in log) - spawned_s,
+        "lateness_p99_ms": percentile(result.get("lateness_s", []), 0.99) * 1e3,
+        "chunks_per_s": chunks / span_s,
+        "failed": result["failed"],
+        "limited": float(bool(result.get("limits"))),
+    }
+
+
+def run_vllm_bench(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [options.vllm_python, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+        command += ["--base-url", setting["url"], "--model", "m", "--tokenizer", options.tokenizer]
+        command += ["--dataset-name", "random", "--random-input-len", "32"]
+        command += ["--random-output-len", str(CHUNKS), "--num-prompts", str(setting["count"])]
+        command += ["--request-rate", str(setting["rate"]), "--seed", str(setting["seed"])]
+        command += ["--num-warmups", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm"]
+        command += ["--save-result", "--save-detailed", "--result-dir", folder]
+        command += ["--result-filename", "result.json"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, {options.client_core}),
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = json.loads((Path(folder) / "result.json").read_text())
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"ttft_s": result["ttfts"], "failed": result["failed"], "cpu_s": cpu_s}
+
+
+def read_log(url: str) -> list[list[float]]:
+    with urllib.request.urlopen(url + "/log", timeout=30) as response:
+        rows: list[list[float]] = json.load(response)
+    return rows
+
+
+# --- the comparison -----------------------------------------------------------------------------
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def column(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def compare(
+    loads: list[tuple[str, float]], clients: list[str], options: argparse.Namespace, url: str
+) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """Every client at every load, ``rounds`` times, the order turned round each time."""
+    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for label, rate in loads:
+        for turn in range(options.rounds):
+            for client in clients if turn % 2 == 0 else clients[::-1]:
+                count = max(50, int(rate * options.seconds))
+                setting = {"url": url, "rate": rate, "count": count, "seed": turn}
+                rows.setdefault((label, client), []).append(measure(client, setting, options))
+        for client in clients:
+            print_row(label, client, rows[label, client], rows[label, clients[0]])
+    return rows
+
+
+def print_row(
+    label: str, client: str, rows: list[dict[str, float]], ours: list[dict[str, float]]
+) -> None:
+    cpu = median(column(rows, "cpu_s_per_1000"))
+    ratio = cpu / median(column(ours, "cpu_s_per_1000"))
+    late = column(rows, "lateness_p99_ms")
+    print(
+        f"{label:>14}  {client:<17}"
+        f" {median(column(rows, 'chunks_per_s')):>8,.0f}"
+        f"  {median(column(rows, 'true_p50_ms')):5.1f} {spread(column(rows, 'ttft_p50_ms'), 1):<18}"
+        f" {median(column(rows, 'true_p99_ms')):5.1f} {spread(column(rows, 'ttft_p99_ms'), 1):<20}"
+        f" {spread(column(rows, 'p99_ratio'), 3):<20}"
+        f" {spread(column(rows, 'cpu_s_per_1000'), 4):<23} {ratio:4.1f}x"
+        f"  {spread(column(rows, 'startup_s'), 2):<17}"
+        f" {spread(late, 2) if late[0] == late[0] else '-':<17}"
+        f" {sum(column(rows, 'failed')):.0f}"
+        + (f"  flagged in {sum(column(rows, 'limited')):.0f}" if client == "specwise" else ""),
+        flush=True,
+    )
+
+
+HEADER = (
+    f"{'load':>14}  {'client':<17} {'chunks/s':>8}  {'TTFT p50 ms: true, seen':<24}"
+    f" {'TTFT p99 ms: true, seen':<26} {'p99 seen/true':<20} {'CPU s/1,000 chunks':<23}"
+    f" {'ratio':<6} {'start-up s':<17} {'lateness p99 ms':<17} failed"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of sending, each run")
+    parser.add_argument("--vllm-python", help="a Python that has vLLM, for `vllm bench serve`")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, for `vllm bench serve`")
+    parser.add_argument("--client-core", type=int, default=0)
+    parser.add_argument("--server-core", type=int, default=1)
+    parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.client:
+        run_client(options.client[0], json.loads(options.client[1]))
+        return 0
+    clients = ["specwise", "aiohttp"]
+    if options.vllm_python and options.tokenizer:
+        clients.append("vllm bench serve")
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("load_server.py"), str(options.server_core)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        print(f"{os.cpu_count()} cores; {options.rounds} rounds; medians (range)\n{HEADER}")
+        heavy = compare(
+            [(f"{load:,} chunks/s", load / CHUNKS) for load in CHUNK_LOADS], clients, options, url
+        )
+        punctual = compare(
+            [(f"{rate} req/s", float(rate)) for rate in RATES], clients, options, url
+        )
+    finally:
+        server.kill()
+        server.communicate()
+    return judge(heavy, punctual)
+
+
+def judge(
+    heavy: dict[tuple[str, str], list[dict[str, float]]],
+    punctual: dict[tuple[str, str], list[dict[str, float]]],
+) -> int:
+    """Print every bar beside what was reached; 1 if one was missed."""
+    top = heavy[f"{CHUNK_LOADS[-1]:,} chunks/s", "specwise"]
+    late = [
+        median(column(punctual[f"{rate} req/s", "specwise"], "lateness_p99_ms")) for rate in RATES
+    ]
+    bars = [
+        ("TTFT p99 seen/true - 1", abs(median(column(top, "p99_ratio")) - 1), 0.10),
+        ("CPU s per 1,000 chunks", median(column(top, "cpu_s_per_1000")), 0.010),
+        ("start-up s", median(column(top, "startup_s")), 1.0),
+        ("lateness p99 ms, worst rate", max(late), 2.0),
+    ]
+    for name, value, bar in bars:
+        print(f"{name:<30} {value:8.4f}  bar {bar:g}  {'ok' if value <= bar else 'MISSED'}")
+    return int(any(value > bar for _, value, bar in bars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
