@@ -507,7 +507,7 @@ class _Shape:
             return 0
         kinds = config.items("layer_types")
         if kinds:
-            return min(sum(kind == "sliding_attention" for kind in kinds), layers)
+            return min(sum(1 for kind in kinds if kind == "sliding_attention"), layers)
         if opt_in:
             return max(0, layers - config.whole("max_window_layers", default=layers))
         if self.model_type in {"gemma2", "gpt_oss"}:
