@@ -8,6 +8,7 @@ The conditional a_i = u_i / u_(i-1) is what can be compared across draft lengths
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -125,6 +126,23 @@ def conditional_acceptance(unconditional: Sequence[float]) -> tuple[float, ...]:
     )
 
 
+def break_even_rate(*, rate: float, tokens_per_step: float, tpot_ratio: float) -> float:
+    """The acceptance rate at which this cell's TPOT would equal the baseline's (req B5).
+
+    A decode step of the arm costs c = tokens_per_step x tpot_ratio baseline steps, where
+    tpot_ratio is candidate / baseline. It pays from c tokens a step. Tokens beyond the first are
+    accepted drafts, in proportion to the rate at a given draft length, so
+
+        break-even rate = rate x (c - 1) / (tokens_per_step - 1).
+
+    Above 1 no acceptance can make it pay; NaN where nothing was accepted.
+    """
+    if tokens_per_step <= 1:
+        return math.nan
+    cost = tokens_per_step * tpot_ratio
+    return rate * (cost - 1) / (tokens_per_step - 1)
+
+
 def merge(counts: Iterable[AcceptanceCounts], positions: int) -> AcceptanceCounts | None:
     """The sum of counts of one source, padded to ``positions`` drafts; None if there are none."""
     held = list(counts)
@@ -167,11 +185,11 @@ def _counts(
     per_request = merge(_of_source(records, AcceptanceSource.PER_REQUEST), 0)
     if per_request is not None:
         return per_request
-    counters = _from_counters(tables) if segment is None else None
+    counters = counted_by_server(tables) if segment is None else None
     return counters or merge(_of_source(records, AcceptanceSource.CHUNKS), 0)
 
 
-def _from_counters(tables: Sequence[TrialTable]) -> AcceptanceCounts | None:
+def counted_by_server(tables: Sequence[TrialTable]) -> AcceptanceCounts | None:
     """Counts from the server's counters; positions come from its per-position counters.
 
     Parts in which the server restarted are left out. None if it exports no draft counters, none

@@ -221,6 +221,8 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
     Degrees of freedom of a sum: Satterthwaite (Biometrics Bulletin 2, 1946).
     """
     clusters = int(pairs.cluster.max()) + 1
+    if not math.isfinite(request_variance):
+        return math.nan, 1.0
     if not noise.dof:
         return math.sqrt(request_variance), max(clusters - 1, 1)
     of_trials = noise.pair_variance / pairs.repeats
@@ -374,6 +376,18 @@ def _length_note(pairs: Pairs) -> list[str]:
     if abs(candidate / base - 1) <= 0.05:
         return []
     return [f"outputs differ in length: {base:.0f} and {candidate:.0f} tokens on average"]
+
+
+def tail_probability(failed: int, requests: int, base_failed: int, base_requests: int) -> float:
+    """Fisher's exact test, one-sided: P(at least ``failed`` of all failures fall on this arm)."""
+    total, failures = requests + base_requests, failed + base_failed
+    ways = math.comb(total, failures)
+    upper = min(requests, failures)
+    hits = sum(
+        math.comb(requests, n) * math.comb(base_requests, failures - n)
+        for n in range(failed, upper + 1)
+    )
+    return hits / ways
 
 
 def _noise_floors(

@@ -232,7 +232,8 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
     variances: dict[str, float] = {}
     for column in dict.fromkeys(metric.column for metric in metrics):
         values = padded[column][:, drawn]
-        enough = (~np.isnan(pairs.columns[column])).all(0).sum() >= 2
+        known = ~np.isnan(pairs.columns[column]).any(0)
+        enough = len(np.unique(pairs.cluster[known])) >= 2
         of_column = [m for m in metrics if m.column == column]
         # Sorted once for all percentiles; sums do not mind the order of unweighted values.
         ordered = np.sort(values, axis=-1) if any(m.kind in _QUANTILES for m in of_column) else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specwise.analysis.acceptance import AcceptanceSummary
-from specwise.analysis.comparison import Effect, NoiseFloor, Signature
-from specwise.analysis.crossover import Crossover
-from specwise.analysis.latency import ServingSummary
-from specwise.decision.conditions import Condition
-from specwise.decision.verdict import Verdict
+from specwise.analysis.acceptance import AcceptanceSummary, summarise_acceptance
+from specwise.analysis.cells import cells
+from specwise.analysis.comparison import Effect, NoiseFloor, Signature, compare
+from specwise.analysis.crossover import Crossover, find_crossovers
+from specwise.analysis.latency import ServingSummary, summarise
+from specwise.decision.conditions import Condition, check_conditions
+from specwise.decision.findings import Findings, limited_trials, listed
+from specwise.decision.verdict import Verdict, decide
 from specwise.domain import StudyData
 
 
@@ -31,3 +33,68 @@ class Assessment:
     conditions: tuple[Condition, ...]
     verdict: Verdict
     warnings: tuple[str, ...]
+
+
+def assess(study: StudyData, *, seed: int = 0) -> Assessment:
+    """Everything that can be said about ``study``. Pure; the same study and seed, the same answer.
+
+    A study that is not finished, even an empty one, can be assessed: what is missing makes the
+    verdict measure-more.
+    """
+    comparison = compare(study, seed=seed)
+    findings = Findings(
+        study=study,
+        summaries=summarise(study),
+        acceptance=summarise_acceptance(study),
+        effects=comparison.effects,
+        noise_floors=comparison.noise_floors,
+        signatures=comparison.signatures,
+        crossovers=find_crossovers(comparison.effects, seed=seed),
+    )
+    conditions = check_conditions(findings)
+    return Assessment(
+        study=study,
+        summaries=findings.summaries,
+        acceptance=findings.acceptance,
+        effects=findings.effects,
+        noise_floors=findings.noise_floors,
+        signatures=findings.signatures,
+        crossovers=findings.crossovers,
+        conditions=conditions,
+        verdict=decide(findings, conditions),
+        warnings=_warnings(findings),
+    )
+
+
+def _warnings(findings: Findings) -> tuple[str, ...]:
+    """What a reader must know about the measurement before reading its figures."""
+    study = findings.study
+    found = []
+    if study.predicted:
+        found.append("A simulation made this study: every figure is a prediction.")
+    done = {t.trial.trial_id for t in study.trials if t.complete}
+    missing = [t.trial_id for t in study.design.trials if t.trial_id not in done]
+    if missing:
+        found.append(
+            f"{len(missing)} of {len(study.design.trials)} trials are not complete and were left "
+            "out; `specwise measure` on the folder goes on with them."
+        )
+    limited = limited_trials(cells(study))
+    if limited:
+        found.append(
+            f"The load generator limited {len(limited)} trials: "
+            + listed([f"{name} ({why})" for name, why in limited[:3]])
+            + (" and more." if len(limited) > 3 else ".")
+        )
+    failed = sum(s.failed for s in findings.summaries if s.segment is None)
+    requests = sum(s.requests for s in findings.summaries if s.segment is None)
+    if failed:
+        found.append(
+            f"{failed} of {requests} requests failed; they count as misses in goodput and are "
+            "shown by outcome."
+        )
+    if any(part.counters_reset for trial in study.trials for part in trial.parts):
+        found.append("A server restarted during a trial: its counters of that stretch are unused.")
+    if not any(e.trial_noise_known for e in findings.effects) and findings.effects:
+        found.append("No repeats and no A/A trial: intervals hold only the requests' own noise.")
+    return tuple(found)

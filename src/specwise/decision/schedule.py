@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
+
+from specwise.decision.findings import Findings, Place, listed
+from specwise.domain import LoadPoint, Loop, Speculation
+
+METHODS_WITH_SCHEDULE = ("draft_model", "ngram", "eagle", "eagle3", "mtp")
+"""Methods whose draft length may follow the batch size. vLLM 0.32 looks k up in the scheduler
+whatever the method (v1/core/sched/scheduler.py); draft_model and ngram were tried."""
+
+_LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +27,122 @@ class ScheduleProposal:
     rows: tuple[tuple[int, int, int], ...]
     reason: str
     confirmed: bool
+
+
+IDLE_PRICE = (
+    "k = 0 is not the same as off: the draft keeps its memory, its first pass still runs, and a "
+    "published run lost 6.6 % TPOT at concurrency 2 and 21.6 % at 189 to no speculation "
+    "(vLLM issue 49548)."
+)
+
+
+def takes_schedule(speculation: Speculation) -> bool:
+    """Whether the method's draft length can follow the batch size."""
+    return speculation.method in METHODS_WITH_SCHEDULE
+
+
+def propose(findings: Findings, arm: str) -> ScheduleProposal | None:
+    """A schedule for ``arm`` from the loads measured on the production workload.
+
+    At each load the draft length is the one, among the measured arms that differ from ``arm`` in
+    k only, whose speedup is largest, or 0 where none is shown to win or a segment loses. Lengths
+    never grow with the batch (k* does not rise with batch). A change of k is put at the crossover
+    where one was found between the two loads, else right after the smaller load: nothing beyond
+    it was measured to win. None if one length serves every load, or none wins at the smallest.
+    """
+    speculation = findings.design.arm(arm).speculation
+    if speculation is None or not takes_schedule(speculation):
+        return None
+    if speculation.schedule:
+        return ScheduleProposal(
+            arm, speculation.schedule, "the schedule that was measured", confirmed=True
+        )
+    loop = findings.design.production_load.loop
+    loads = [load for load in sorted(findings.design.loads) if load.loop is loop]
+    steps: list[tuple[int, int, LoadPoint]] = []
+    k = max(sibling.k for _, sibling in _siblings(findings, arm))
+    for load in loads:
+        if findings.effect("speedup", arm, findings.production, load) is None:
+            continue
+        k = min(k, _best_k(findings, arm, load))
+        steps.append((_batch_size(findings, arm, load), k, load))
+    if len(steps) < 2 or steps[0][1] == 0 or steps[0][1] == steps[-1][1]:
+        return None
+    rows: list[tuple[int, int, int]] = []
+    first = 1
+    for (batch, k_here, _), (next_batch, k_next, _) in pairwise(steps):
+        if k_here != k_next:
+            last = max(first, _boundary(findings, arm, batch, next_batch))
+            rows.append((first, last, k_here))
+            first = last + 1
+    rows.append((first, max(_LARGEST_BATCH, 2 * steps[-1][0], first), steps[-1][1]))
+    return ScheduleProposal(arm, tuple(rows), _reason(steps), confirmed=False)
+
+
+def losers(findings: Findings, arm: str, load: LoadPoint) -> tuple[Place, ...]:
+    """Segments, in a mix or alone, that ``arm`` serves significantly worse at ``load``."""
+    found = []
+    for place in findings.parts():
+        judged = findings.judge(arm, place, load)
+        if judged is not None and judged.direction == "worse":
+            found.append(place)
+    return tuple(found)
+
+
+def _siblings(findings: Findings, arm: str) -> list[tuple[str, Speculation]]:
+    """Arms that differ from ``arm`` in k only, itself included; a schedule is no sibling."""
+    own = findings.design.arm(arm).speculation
+    return [
+        (other.name, other.speculation)
+        for other in findings.candidates
+        if own is not None
+        and other.speculation is not None
+        and not other.speculation.schedule
+        and (other.speculation.method, other.speculation.draft, dict(other.speculation.options))
+        == (own.method, own.draft, dict(own.options))
+    ]
+
+
+def _best_k(findings: Findings, arm: str, load: LoadPoint) -> int:
+    best_ratio, best_k = 1.0, 0
+    for name, speculation in _siblings(findings, arm):
+        judged = findings.judge(name, findings.production, load)
+        effect = findings.effect("speedup", name, findings.production, load)
+        if judged is None or effect is None or judged.direction != "better":
+            continue
+        if effect.ratio > best_ratio and not losers(findings, name, load):
+            best_ratio, best_k = effect.ratio, speculation.k
+    return best_k
+
+
+def _batch_size(findings: Findings, arm: str, load: LoadPoint) -> int:
+    """Requests in the batch at ``load``: the concurrency, or by Little's law requests/s x E2E."""
+    if load.loop is Loop.CLOSED:
+        return int(load.value)
+    summary = findings.summary(arm, findings.production, load)
+    if summary is None or summary.e2e_from_sent_s is None:
+        return max(1, round(load.value))
+    return max(1, round(load.value * summary.e2e_from_sent_s.mean))
+
+
+def _boundary(findings: Findings, arm: str, batch: int, next_batch: int) -> int:
+    """The last batch size of a row between two measured ones."""
+    if findings.design.production_load.loop is not Loop.CLOSED:
+        return batch
+    places = [findings.production, *findings.parts()]
+    crossings = [findings.crossover(arm, place) for place in places]
+    inside = [
+        c.load_value
+        for c in crossings
+        if c is not None and c.load_value is not None and batch <= c.load_value < next_batch
+    ]
+    return math.floor(min(inside)) if inside else batch
+
+
+def _reason(steps: list[tuple[int, int, LoadPoint]]) -> str:
+    wins = [load.label for _, k, load in steps if k]
+    idle = [load.label for _, k, load in steps if not k]
+    text = f"speculates where it was measured to win ({listed(wins)})"
+    if idle:
+        text += f" and idles where it, or one segment, was not ({listed(idle)})"
+    return f"{text}. To be confirmed by measuring it. {IDLE_PRICE}"
