@@ -7,9 +7,12 @@ cannot hide one in the reporting.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from specwise.analysis.acceptance import AcceptanceSummary, RequestSpread
 from specwise.analysis.comparison import Effect, NoiseFloor, Signature
@@ -372,16 +375,21 @@ def assessment(*, predicted: bool = False) -> Assessment:
         ),
         client_limited=False,
     )  # fmt: skip
+    evidence = next(
+        t.trial_id
+        for t in data.design.trials
+        if (t.arm, t.workload, t.load) == ("draft_model", "mix", PRODUCTION)
+    )
     conditions = (
         Condition(
             "G1", "Is the P10 of per-request acceptance above 0.5?", "0.11", "at least 0.5",
             "rule of thumb for a share of requests that lose", "fail", "draft_model/mix",
-            ("0030-draft_model-mix-c16-r1",), "rule of thumb",
+            (evidence,), "rule of thumb",
         ),
         Condition(
             "I1", "Is the production workload faster, whole interval above 1?",
             "0.96× (0.90–1.03)", "interval above 1", "this study, 96 pairs, 2 repeats", "fail",
-            "draft_model/mix", ("0030-draft_model-mix-c16-r1",), "measured", True,
+            "draft_model/mix", (evidence,), "measured", True,
         ),
         Condition(
             "G3", "Was it measured at the production load?", "16 concurrent clients",
@@ -429,3 +437,108 @@ def measure_more(base: Assessment) -> Assessment:
             reasons=(), schedule=None,
         ),
     )  # fmt: skip
+
+
+def crowded() -> Assessment:
+    """Hard to lay out: a prediction, five candidates with long names, rates per second, gaps."""
+    base = assessment(predicted=True)
+    names = {
+        "draft_model": "draft_model-1B-int8-probabilistic-k3-tp1",
+        "ngram": "ngram-lookup-2-to-5-prompt-and-output-k3",
+    }
+    more = ("eagle3", "suffix", "mtp")
+    segment_names = {"json": "structured-extraction-of-purchase-orders", "prose": "x", "copy": "y"}
+    rates = {load: LoadPoint(Loop.OPEN, load.value * 12.5, "poisson") for load in LOADS}
+
+    def renamed(item: Any, **changes: Any) -> Any:
+        arm = changes.get("arm", item.arm)
+        segment = getattr(item, "segment", None)
+        known = {
+            "arm": names.get(arm, arm),
+            "workload": segment_names.get(item.workload, item.workload),
+            "segment": segment_names.get(segment, segment),
+            "load": rates.get(getattr(item, "load", None)),
+        }
+        fields = {f.name for f in dataclasses.fields(item)}
+        return replace(item, **{k: v for k, v in (known | changes).items() if k in fields})
+
+    effects = [renamed(e) for e in base.effects]
+    for place, arm in enumerate(more):
+        effects += [
+            renamed(e, arm=arm, ratio=e.ratio * 1.5**place, low=e.low / 3, high=e.high * 1.5**place)
+            for e in base.effects
+            if e.arm == "ngram"
+        ]
+    effects[0] = replace(effects[0], ratio=math.nan, low=math.nan, high=math.nan)
+    arms = (
+        ARMS[0],
+        replace(ARMS[1], name=names["draft_model"]),
+        replace(ARMS[2], name=names["ngram"]),
+        *(Arm(arm, Speculation(arm, k=5), DEPLOYMENT) for arm in more),
+    )
+    design = replace(
+        base.study.design,
+        arms=arms,
+        segments=tuple(renamed_segment(s, segment_names) for s in SEGMENTS),
+        workloads=tuple(
+            Workload(
+                segment_names.get(w.name, w.name),
+                tuple((segment_names[name], share) for name, share in w.shares),
+            )
+            for w in WORKLOADS
+        ),
+        loads=tuple(rates.values()),
+        production_load=rates[PRODUCTION],
+    )
+    trials = tuple(
+        replace(
+            m,
+            trial=renamed(m.trial),
+            records=tuple(
+                replace(r, segment=segment_names[r.segment], output_text="THE MODEL SAID THIS")
+                for r in m.records
+            ),
+            complete=place != 3,
+        )
+        for place, m in enumerate(base.study.trials)
+    )
+    estimated = [
+        replace(renamed(a), source=AcceptanceSource.CHUNKS, drafted=None, rate=None)
+        if a.arm == "ngram"
+        else renamed(a)
+        for a in base.acceptance
+    ]
+    verdict = replace(
+        base.verdict,
+        decision=Decision.MEASURE_MORE,
+        arm=names["draft_model"],
+        effect=renamed(base.verdict.effect),
+        headline='Nothing can be decided while the client limits it: <b>5 & 6</b> "quoted".',
+        segments=tuple(
+            replace(
+                s,
+                segment=segment_names[s.segment],
+                workload=segment_names.get(s.workload, s.workload),
+                arm=names[s.arm or ""],
+                effects=tuple(renamed(e) for e in s.effects),
+            )
+            for s in base.verdict.segments
+        ),
+        client_limited=True,
+    )
+    return replace(
+        base,
+        study=replace(base.study, design=design, trials=trials),
+        summaries=tuple(renamed(s) for s in base.summaries),
+        acceptance=tuple(estimated),
+        effects=tuple(effects),
+        crossovers=tuple(renamed(c) for c in base.crossovers),
+        noise_floors=(),
+        signatures=(),
+        verdict=verdict,
+        warnings=("A server said <script>alert(1)</script> in trial 0004.", *base.warnings),
+    )
+
+
+def renamed_segment(segment: Segment, names: Mapping[str, str]) -> Segment:
+    return replace(segment, name=names[segment.name])

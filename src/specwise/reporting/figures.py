@@ -298,10 +298,10 @@ def _tail_curve(axis: Axes, sample: LatencySample, style: ArmStyle) -> None:
         linewidth=2.6 if style.index == 0 else 2,
         zorder=2 if style.index == 0 else 3,
     )
-    marks = [np.searchsorted(shares, t) for t in (0.5, 0.95, 0.99) if t <= shares[-1]]
+    marks = [share for share in (0.5, 0.95, 0.99) if shares[0] <= share <= shares[-1]]
     axis.plot(
-        values[marks],
-        _tail(shares[marks]),
+        np.interp(marks, shares, values),
+        _tail(np.array(marks)),
         marker=style.marker,
         markersize=6,
         color=style.colour,
@@ -396,7 +396,13 @@ def _row_chart(
     left = 14 if narrow else min(300, 30 + 8 * longest)
     extra = 18 if narrow else 0  # narrow: names stand above their rows
     figure, (axis,) = panels(
-        1, width=width, columns=1, height=(row_height + extra) * len(names), left=left, top=8
+        1,
+        width=width,
+        columns=1,
+        height=(row_height + extra) * len(names),
+        left=left,
+        right=28,
+        top=8,
     )
     axis.set_ylim(len(names) * (row_height + extra), 0)
     axis.yaxis.set_major_locator(NullLocator())

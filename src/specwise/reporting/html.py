@@ -144,7 +144,7 @@ def _deciding_effects(assessment: Assessment) -> list[tuple[str, Effect]]:
     shown = [] if verdict.effect is None else [(f"{workload}, all requests", verdict.effect)]
     for segment in verdict.segments:
         effect = next((e for e in segment.effects if e.arm == segment.arm), None)
-        if effect is not None and effect is not verdict.effect:
+        if effect is not None and effect != verdict.effect:
             where = "alone" if segment.workload == segment.segment else f"inside {segment.workload}"
             shown.append((f"{segment.segment} {where}", effect))
     return shown

@@ -105,7 +105,7 @@ def draw_chart(
     """
     marked = f"{title} (predicted)" if predicted else title
     variants = {}
-    for variant, width in (("wide", WIDE_PX), ("narrow", NARROW_PX)):
+    for variant, width, widest in (("wide", WIDE_PX, WIDE_PX), ("narrow", NARROW_PX, 500)):
         style: Any = {**_STYLE, "svg.hashsalt": f"{name}-{variant}"}
         with mpl.rc_context(style):
             figure = draw(width)
@@ -116,7 +116,7 @@ def draw_chart(
             buffer.getvalue(),
             prefix=f"{name}-{variant}",
             variant=variant,
-            width=width,
+            widest=widest,
             title=marked,
             summary=summary,
         )
@@ -159,7 +159,9 @@ def panels(
     return figure, axes
 
 
-def _inline(svg: str, *, prefix: str, variant: str, width: int, title: str, summary: str) -> Markup:
+def _inline(
+    svg: str, *, prefix: str, variant: str, widest: int, title: str, summary: str
+) -> Markup:
     """The bare ``<svg>`` element: unique ids, CSS colours, the page's font, a title and a label."""
     match = re.search(r'viewBox="([^"]+)"', svg)
     if match is None:  # pragma: no cover - matplotlib always writes one
@@ -183,7 +185,7 @@ def _inline(svg: str, *, prefix: str, variant: str, width: int, title: str, summ
     body = re.sub(r'font: (?:[a-z]+ )*(\d+ )?([\d.]+px) [^;"]+', _without_family, body)
     body = re.sub(r"\s*\n\s*", " ", body)
     return Markup(  # noqa: S704 (matplotlib escapes what it draws; title and summary below)
-        f'<svg class="chart {variant}" viewBox="{match[1]}" style="max-width:{width}px" '
+        f'<svg class="chart {variant}" viewBox="{match[1]}" style="max-width:{widest}px" '
         f'role="img" aria-label="{html.escape(title)}. {html.escape(summary)}">'
         f"<title>{html.escape(title)}</title>{body}</svg>"
     )
