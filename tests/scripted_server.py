@@ -37,7 +37,7 @@ class Script:
 
     ``framing`` is chunked, length or close (body until the end of the connection, HTTP/1.0).
     ``cuts`` splits what is written at every position where a parser could stumble; ``slow_s`` > 0
-    sends byte for byte with that pause. ``line_end`` ends SSE lines.
+    sends byte for byte with that pause every 16. ``line_end`` ends SSE lines.
     """
 
     first_s: float = 0.0
@@ -270,9 +270,9 @@ class _Answer:
             for i in range(len(data)):
                 self.writer.write(data[i : i + 1])
                 await self.writer.drain()
-                await asyncio.sleep(script.slow_s)
+                await asyncio.sleep(script.slow_s if i % 16 == 0 else 0)
         elif script.cuts:
-            rng = random.Random(len(data))  # noqa: S311
+            rng = random.Random(len(data))
             at = 0
             while at < len(data):
                 # Right after CR, inside LF LF and within multi-byte characters above all.

@@ -359,7 +359,10 @@ class _Run:
             reason = getattr(error, "verify_message", "") or error.reason or "handshake failed"
             self._fault(exchange, Outcome.REFUSED, f"no TLS connection: {reason}")
         except OSError as error:
-            self._fault(exchange, Outcome.REFUSED, f"no connection: {error.strerror or error}")
+            # uvloop's own text hides the errno's; a failed name lookup has a text of its own.
+            known = isinstance(error, ConnectionError) and error.errno
+            reason = os.strerror(error.errno or 0) if known else error.strerror or str(error)
+            self._fault(exchange, Outcome.REFUSED, f"no connection: {reason}")
         finally:
             if exchange.sent_s is None:
                 exchange.sent_s = self._clock()
