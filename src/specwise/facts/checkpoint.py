@@ -40,7 +40,7 @@ def load_checkpoint(name: str) -> Checkpoint:
     path = Path(name).expanduser()
     if _is_dir(path):
         return from_folder(path, name)
-    known = _table_name(name)
+    known = table_name(name)
     if known is not None:
         return from_table(known)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
@@ -79,7 +79,7 @@ def _short(name: str) -> str:
     return re.sub(r"-(instruct|it|base|chat)(?=-|$)", "", name.rsplit("/", 1)[-1].lower())
 
 
-def _table_name(name: str) -> str | None:
+def table_name(name: str) -> str | None:
     """The table's name for what the user typed: the hub id, or its last part in any case."""
     owner = name.rpartition("/")[0].lower()
     for known in _table():

@@ -31,7 +31,7 @@ class Version:
     def parse(cls, text: str) -> Version:
         """``0.32.0``, ``v0.8.5.post1`` or ``0.33``; CommandError for anything else."""
         match = re.fullmatch(
-            r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[.+-].*)?", text.strip(), re.ASCII
+            r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[a-z.+-].*)?", text.strip(), re.ASCII
         )
         if match is None:
             raise CommandError(
@@ -180,6 +180,7 @@ def read_command(text: str) -> ServeCommand:
 
 def read_words(words: Sequence[str]) -> ServeCommand:
     """The same from an argument list, as in a container spec or /proc/PID/cmdline."""
+    words = list(words)
     start, launcher, version = _find_launcher(words)
     environment = tuple(
         (name, value)
@@ -196,7 +197,7 @@ def _ends_command(word: str) -> bool:
     return word in {"|", "||", "&", "&&", ";"} or re.match(r"\d?>", word) is not None
 
 
-def _find_launcher(words: Sequence[str]) -> tuple[int, tuple[str, ...], Version | None]:
+def _find_launcher(words: list[str]) -> tuple[int, tuple[str, ...], Version | None]:
     """Index of the first argument, the words that launch, and the version an image tag names."""
     for i, word in enumerate(words):
         if word.rsplit("/", 1)[-1] == "vllm" and words[i + 1 : i + 2] == ["serve"]:
@@ -416,7 +417,12 @@ def _read_config_file(config: Mapping[Any, Any]) -> ServeCommand:
 
 def _scalar(value: Any) -> str:
     """A YAML value as the word vLLM would see."""
-    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+    if not isinstance(value, dict | list):
+        return str(value)
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CommandError(f"A YAML value is no JSON: {error}.", "Write it out plainly.") from error
 
 
 def read_process(pid: int) -> ServeCommand:

@@ -1,0 +1,145 @@
+"""`specwise flags`: the complete command for a vLLM version."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import click
+
+from specwise.domain import Speculation
+from specwise.errors import InputError
+from specwise.vllm.command import Version, names, to_container_args, to_shell, to_words, to_yaml
+from specwise.vllm.flags import ServeOptions, serve_command
+
+_FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
+
+
+def read_schedule(text: str) -> tuple[tuple[int, int, int], ...]:
+    """``1-8:4,9-64:2,65-1024:0`` or JSON ``[[1, 8, 4], ...]`` as rows; InputError otherwise."""
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+            return tuple((int(a), int(b), int(k)) for a, b, k in rows)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _bad_schedule(text) from error
+    found = [re.fullmatch(r"\s*(\d{1,9})-(\d{1,9}):(\d{1,9})\s*", part) for part in text.split(",")]
+    if not all(found):
+        raise _bad_schedule(text)
+    return tuple((int(m[1]), int(m[2]), int(m[3])) for m in found if m)
+
+
+def _bad_schedule(text: str) -> InputError:
+    return InputError(
+        f"{text!r} is no schedule.",
+        "Write rows first-last:k, e.g. 1-8:4,9-64:2,65-1024:0 (k by batch size).",
+    )
+
+
+def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
+    """``name=value`` pairs with JSON values where they are JSON; InputError without a ``=``."""
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, sep, text = pair.partition("=")
+        if not sep or not name:
+            raise InputError(f"{pair!r} is no option.", "Write name=value.")
+        try:
+            options[name.replace("-", "_")] = json.loads(text)
+        except (ValueError, RecursionError):
+            options[name.replace("-", "_")] = text
+    return options
+
+
+@click.command(
+    epilog="Example: specwise flags llama-3.1-70b --draft llama-3.1-8b --k 5 --tp 2 --draft-tp 1"
+)
+@click.argument("target")
+@click.option("--method", help="draft_model, ngram, eagle3, mtp, suffix, ... (default: by --draft)")
+@click.option("--draft", help="The draft model's or head's folder or hub id.")
+@click.option(
+    "--k", type=click.IntRange(1, 10_000), default=3, help="Draft length.", show_default=True
+)
+@click.option("--vllm", "version", help="vLLM version, e.g. 0.6.3 (default: the newest known).")
+@click.option("--tp", type=click.IntRange(1, 1024), default=1, help="GPUs that share the target.")
+@click.option(
+    "--draft-tp", type=click.IntRange(1, 1024), help="GPUs that share the draft: 1 or --tp."
+)
+@click.option("--utilization", type=click.FloatRange(0, 1, min_open=True), help="GPU memory share.")
+@click.option("--max-model-len", type=click.IntRange(1))
+@click.option("--max-num-seqs", type=click.IntRange(1))
+@click.option("--dtype", help="auto, bfloat16, float16, float32")
+@click.option("--quantization", help="Of the target, where its checkpoint does not say it.")
+@click.option("--draft-quantization", help="Of the draft.")
+@click.option("--kv-cache-dtype", help="e.g. fp8")
+@click.option("--schedule", help="Draft length by batch size: 1-8:4,9-64:2,65-1024:0")
+@click.option(
+    "--acceptance", default="standard", help="standard, block, synthetic, fly, typical (V0)"
+)
+@click.option("--draft-sampling", help="greedy or probabilistic")
+@click.option("--set", "fields", multiple=True, help="Any other speculative field: name=value.")
+@click.option(
+    "--format", "form", type=click.Choice([*_FORMATS]), default="shell", show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def flags(  # noqa: PLR0917 (click passes by name)
+    target: str,
+    method: str | None,
+    draft: str | None,
+    k: int,
+    version: str | None,
+    tp: int,
+    draft_tp: int | None,
+    utilization: float | None,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    dtype: str | None,
+    quantization: str | None,
+    draft_quantization: str | None,
+    kv_cache_dtype: str | None,
+    schedule: str | None,
+    acceptance: str,
+    draft_sampling: str | None,
+    fields: tuple[str, ...],
+    form: str,
+    as_json: bool,
+) -> None:
+    """What do I pass to my vLLM version to serve TARGET with speculation?
+
+    TARGET and --draft are written as given: use the folder or hub id that your server will see.
+    """
+    method = method or ("draft_model" if draft else "ngram")
+    speculation = Speculation(
+        method=method,
+        k=k,
+        draft=draft,
+        schedule=read_schedule(schedule) if schedule else (),
+        options=read_options(fields),
+    )
+    options = ServeOptions(
+        model=target,
+        version=Version.parse(version) if version else names().newest,
+        speculation=speculation,
+        tensor_parallel=tp,
+        draft_tensor_parallel=draft_tp,
+        utilization=utilization,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        dtype=dtype,
+        quantization=quantization,
+        draft_quantization=draft_quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        acceptance=acceptance,
+        draft_sampling=draft_sampling,
+    )
+    command = serve_command(options)
+    if not as_json:
+        click.echo(_FORMATS[form](command))
+        return
+    answer = {
+        "vllm": str(options.version),
+        "words": to_words(command),
+        "speculative_config": command.speculation,
+        "notes": dict(command.notes),
+        form: _FORMATS[form](command),
+    }
+    click.echo(json.dumps(answer, indent=2))
