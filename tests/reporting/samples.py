@@ -332,7 +332,7 @@ def assessment(*, predicted: bool = False) -> Assessment:
                     ("tpot_p50", "lower", 0.97 / gain, 0.06),
                     ("tpot_p99", "lower", 1.18 / gain, 0.2),
                     ("output_tokens_per_s", "higher", gain, 0.08),
-                    ("goodput", "higher", gain, 0.12),
+                    ("goodput_per_s", "higher", gain, 0.12),
                 )
             ]  # fmt: skip
     by_cell = {(e.metric, e.arm, e.workload, e.segment, e.load): e for e in effects}
@@ -342,22 +342,22 @@ def assessment(*, predicted: bool = False) -> Assessment:
         arm="draft_model",
         headline="Leave speculation off for mix at 16 clients: draft_model is slower.",
         reasons=(
-            "The whole mix runs at 0.96× (0.90–1.03): no gain that this study can see.",
-            "prose inside the mix is slowed to 0.76× (0.71–0.82), the whole interval below 1.",
-            "json inside the mix gains 1.31× (1.22–1.41): serve it from a speculating server.",
+            "The whole mix runs at 0.96x [0.90, 1.03]: no gain that this study can see.",
+            "prose inside the mix is slowed to 0.76x [0.71, 0.82], the whole interval below 1.",
+            "json inside the mix gains 1.31x [1.22, 1.41]: serve it from a speculating server.",
         ),
         effect=by_cell["speedup", "draft_model", "mix", None, PRODUCTION],
         segments=(
             SegmentVerdict(
                 "json", "mix", "draft_model", Decision.ON,
-                "1.31× (1.22–1.41) at 16 clients.", (hidden[0],),
+                "1.31x [1.22, 1.41] at 16 clients.", (hidden[0],),
             ),
             SegmentVerdict(
                 "prose", "mix", "draft_model", Decision.OFF,
-                "0.76× (0.71–0.82) at 16 clients.", (hidden[1],),
+                "0.76x [0.71, 0.82] at 16 clients.", (hidden[1],),
             ),
             SegmentVerdict(
-                "copy", "copy", "ngram", Decision.ON, "1.22× (1.14–1.31) at 16 clients.",
+                "copy", "copy", "ngram", Decision.ON, "1.22x [1.14, 1.31] at 16 clients.",
                 (by_cell["speedup", "ngram", "copy", None, PRODUCTION],),
             ),
         ),
@@ -388,7 +388,7 @@ def assessment(*, predicted: bool = False) -> Assessment:
         ),
         Condition(
             "I1", "Is the production workload faster, whole interval above 1?",
-            "0.96× (0.90–1.03)", "interval above 1", "this study, 96 pairs, 2 repeats", "fail",
+            "0.96x [0.90, 1.03]", "interval above 1", "this study, 96 pairs, 2 repeats", "fail",
             "draft_model/mix", (evidence,), "measured", True,
         ),
         Condition(

@@ -66,7 +66,7 @@ def test_answer_stands_first(browser: Browser, pages: dict[str, Path]) -> None:
     assert "Leave it off" in top
     assert "Leave speculation off for mix at 16 clients" in top
     assert "16 concurrent clients" in top
-    assert "0.76×" in top  # the segment that loses is not hidden by the aggregate
+    assert "0.76x" in top  # the segment that loses is not hidden by the aggregate
     assert browser.run("return document.querySelector('h1').getBoundingClientRect().bottom") < 450
     assert "14 failed" in browser.run("return document.querySelector('#warnings').innerText")
     assert browser.run(
@@ -101,7 +101,7 @@ def test_every_figure_is_drawn_once(browser: Browser, pages: dict[str, Path], wi
         assert len(chart["texts"]) >= 7
     first = figures[0][0]
     assert {"json", "copy", "prose", "mix", "mix › json", "mix › prose"} <= set(first["texts"])
-    assert "mix › prose, draft_model at c16: 0.76× (0.71–0.82)" in first["label"]
+    assert "mix › prose, draft_model at c16: 0.76x [0.71, 0.82]" in first["label"]
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -31,6 +31,7 @@ from specwise.reporting.wording import (
     interval,
     load_phrase,
     percent,
+    ratio,
 )
 
 _COLOURS: Final[Mapping[str, str]] = {
@@ -43,21 +44,28 @@ _COLOURS: Final[Mapping[str, str]] = {
     "undecided": "dim",
 }
 _ASCII: Final = str.maketrans(
-    {"▲": "+", "▼": "-", "○": "~", "×": "x", "–": "-", "›": ">", "…": "...", "’": "'", "≤": "<=",
+    {"▲": "+", "▼": "-", "○": "~", "–": "-", "›": ">", "…": "...", "’": "'", "≤": "<=",
      "≥": ">=", "∞": "inf"}
 )  # fmt: skip
 _MOST_ROWS: Final = 18  # a longer table is not read in ten seconds: the report has the rest
 _INDENT: Final = 2
-_CELL_WIDTH: Final = 17  # "▲ 2.21× 2.06–2.37"
+_NAME_WIDTH: Final = 18
+_ARM_WIDTH: Final = 14
+_CELL_WIDTH: Final = 20  # "▲ 2.21x [2.06, 2.37]"
 _RULED: Final = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 _RULED_ASCII: Final = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 _Cell = tuple[str, str | None]  # workload, segment
 
 
-def print_assessment(assessment: Assessment, console: Console, report: Path | None = None) -> None:
-    """Print the verdict and its evidence to ``console``; ``report`` is named last, if given."""
-    _Printer(console, assessment).print_all(report)
+def print_assessment(
+    assessment: Assessment, console: Console | None = None, report: Path | None = None
+) -> None:
+    """Print the verdict and its evidence to ``console``, else to standard output.
+
+    ``report`` is the page's path, named last.
+    """
+    _Printer(console or Console(), assessment).print_all(report)
 
 
 class _Printer:
@@ -115,7 +123,8 @@ class _Printer:
             grid = Table.grid(padding=(0, 2))
             grid.add_column(no_wrap=True, max_width=self.console.width * 2 // 5)
             grid.add_column()
-            for segment in verdict.segments:
+            inside = [s for s in verdict.segments if s.workload == design.production_workload]
+            for segment in inside or verdict.segments:
                 self._add_segment(grid, segment)
             self.line(grid)
 
@@ -133,7 +142,7 @@ class _Printer:
         warnings = list(self.assessment.warnings)
         if self.verdict.client_limited:
             warnings.insert(
-                0, "The load generator limited this measurement: no verdict rests on its latencies."
+                0, "The load generator limited this measurement: no verdict rests on it."
             )
         if any(a.source is AcceptanceSource.CHUNKS for a in self.assessment.acceptance):
             warnings.append("Acceptance is an estimate from tokens per chunk for some arms.")
@@ -162,7 +171,7 @@ class _Printer:
             own = [row for row in rows if row[0][0] == production]
             rows = (own or rows)[:_MOST_ROWS]
             left_out = "; the rest is in the report"
-        loads = self._loads_that_fit({load for *_, load in effects})
+        loads = self._loads_that_fit(rows, {load for *_, load in effects})
         if len(loads) < len({load for *_, load in effects}):
             left_out = "; the rest is in the report"
         self.console.print()
@@ -174,9 +183,17 @@ class _Printer:
         legend = "  ".join(f"{mark} {word}" for word, mark in MARKS.items())
         self.line(self.text(f"{legend} (interval holds 1)  * production{left_out}", "dim"))
 
-    def _loads_that_fit(self, measured: set[LoadPoint]) -> list[LoadPoint]:
+    def _loads_that_fit(
+        self, rows: list[tuple[_Cell, str]], measured: set[LoadPoint]
+    ) -> list[LoadPoint]:
         """Production and the smallest load first, then the others, as the width allows."""
-        room = max(1, (self.console.width - 40) // (_CELL_WIDTH + 2))
+        names = min(_NAME_WIDTH, max(len(cell_name(*cell)) for cell, _ in rows))
+        arms = min(_ARM_WIDTH, max(len(arm) for _, arm in rows))
+        gap = 2
+        room = max(
+            1,
+            (self.console.width - names - arms - len("100 %") - 3 * gap - 2) // (_CELL_WIDTH + gap),
+        )
         ordered = sorted(measured)
         production = self.design.production_load
         wanted = [load for load in (production, ordered[0]) if load in measured]
@@ -196,9 +213,9 @@ class _Printer:
             show_edge=False,
             header_style="dim",
         )
-        table.add_column("Requests", no_wrap=True, max_width=18)
-        table.add_column("Arm", no_wrap=True, max_width=14)
-        table.add_column("Acc.", no_wrap=True, justify="right")
+        table.add_column("Requests", no_wrap=True, max_width=_NAME_WIDTH)
+        table.add_column("Arm", no_wrap=True, max_width=_ARM_WIDTH)
+        table.add_column("Acc.", no_wrap=True, justify="right", min_width=len("100 %"))
         for load in loads:
             here = " *" if load == self.design.production_load else ""
             table.add_column(f"{load.label}{here}", no_wrap=True)
@@ -227,7 +244,7 @@ class _Printer:
             return self.text(MISSING, "dim")
         return (
             self.text(f"{MARKS[effect.direction]} ", _COLOURS[effect.direction])
-            + self.text(f"{effect.ratio:.2f}× ")
+            + self.text(f"{ratio(effect.ratio)} ")
             + self.text(interval(effect.low, effect.high), "dim")
         )
 
@@ -244,4 +261,4 @@ class _Printer:
 def _schedule_words(proposal: ScheduleProposal) -> str:
     rows = ", ".join(f"k={k} at {first}–{last} running" for first, last, k in proposal.rows)
     state = "" if proposal.confirmed else " (proposed, not measured yet)"
-    return f"{proposal.arm}: {rows}{state}. {proposal.reason}"
+    return f"{proposal.arm}: {rows}{state}."

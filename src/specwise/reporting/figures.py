@@ -104,8 +104,9 @@ def speedup_chart(
 
     summary = "; ".join(
         f"{cell_name(e.workload, e.segment)}, {e.arm} at {e.load.label}: {ratio(e.ratio)} "
-        f"({interval(e.low, e.high)})"
+        f"{interval(e.low, e.high)}"
         for e in effects
+        if e.load == production or all(other.load != production for other in effects)
     )
     return draw_chart("speedup", "Speedup against load", summary, draw, predicted=predicted)
 
@@ -160,7 +161,7 @@ def _speedup_panel(
         for x, effect in zip(xs, own, strict=True):
             _effect_marker(axis, x, effect.ratio, effect, style)
         for crossing in (c for c in crossovers if c.arm == arm):
-            if crossing.load_value is not None:
+            if crossing.outcome == "crosses" and crossing.load_value is not None:
                 axis.plot(
                     [crossing.load_value], [1], marker="x", color=style.colour, markersize=8,
                     markeredgewidth=2, zorder=5,
@@ -193,7 +194,7 @@ def _ratio_axis(axis: Axes, limits: tuple[float, float]) -> None:
     ticks = [t for t in _RATIO_TICKS if limits[0] <= t <= limits[1]]
     axis.yaxis.set_major_locator(FixedLocator(ticks))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_yticklabels([f"{t:g}×" for t in ticks])
+    axis.set_yticklabels([f"{t:g}x" for t in ticks])
 
 
 def _load_axis(axis: Axes, loads: Sequence[float], loop: Loop) -> None:
@@ -524,7 +525,7 @@ def aggregate_chart(
         ticks = [t for t in _RATIO_TICKS if low <= t <= high]
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([f"{t:g}×" for t in ticks])
+        axis.set_xticklabels([f"{t:g}x" for t in ticks])
         axis.set_xlabel("speedup against the baseline")
         axis.axvspan(low, 1, color=Ink.LOSS, linewidth=0, zorder=0)
         axis.axvline(1, color=Ink.MUTED, linewidth=1.2, zorder=1)
@@ -539,7 +540,7 @@ def aggregate_chart(
         return _row_chart(names, width=width, arms=arms, marks=marks)
 
     summary = "; ".join(
-        f"{e.segment or 'all requests'}, {e.arm}: {ratio(e.ratio)} ({interval(e.low, e.high)})"
+        f"{e.segment or 'all requests'}, {e.arm}: {ratio(e.ratio)} {interval(e.low, e.high)}"
         for e in effects
     )
     title = f"The aggregate beside its segments: {effects[0].workload} at {effects[0].load.label}"

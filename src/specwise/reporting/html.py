@@ -49,8 +49,12 @@ _PRODUCTION_METRICS: Final = (
     ("tpot_p99", "TPOT P99", "ms", 1000.0),
     ("e2e_p99", "E2E P99", "ms", 1000.0),
     ("output_tokens_per_s", "Output", "tokens/s", 1.0),
-    ("goodput", "Goodput", "requests/s", 1.0),
+    ("goodput_per_s", "Goodput", "requests/s", 1.0),
 )
+
+
+_STATUS_ORDER: Final = ("fail", "unknown", "pass")
+_FEW: Final = 4  # sentences that stand unfolded
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
         baseline=next((arm for arm in design.arms if arm.is_baseline), None),
         deciding=_deciding_effects(assessment),
         production=_production_rows(assessment),
+        notes=_production_notes(assessment),
         speedup=speedup_chart(
             [e for e in assessment.effects if e.metric == "speedup"],
             assessment.crossovers,
@@ -99,7 +104,16 @@ def render_report(assessment: Assessment, beside: Path) -> str:
             predicted=study.predicted,
         ),
         speedup_rows=_speedup_rows(assessment),
-        crossovers=[_crossover_sentence(c) for c in assessment.crossovers],
+        crossovers=[
+            (cell_name(c.workload, c.segment), c.arm, _crossover_words(c))
+            for c in assessment.crossovers
+        ],
+        headline_crossovers=[
+            (cell_name(c.workload, c.segment), c.arm, _crossover_words(c))
+            for c in assessment.crossovers
+            if c.workload == design.production_workload
+            and c.arm == (assessment.verdict.arm or c.arm)
+        ][:_FEW],
         aggregates=_aggregates(assessment, styles),
         latencies=_latency_charts(assessment, styles),
         signatures=[s for s in assessment.signatures if s.present],
@@ -109,7 +123,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
         acceptance_estimated=any(
             a.source is AcceptanceSource.CHUNKS for a in assessment.acceptance
         ),
-        conditions=[_condition(c, links) for c in assessment.conditions],
+        condition_groups=_condition_groups(assessment, links),
         summaries=[s for s in assessment.summaries if s.purpose is Purpose.MEASURE],
         trials=[_trial_row(m, links[m.trial.trial_id]) for m in study.trials],
         planned=len(design.trials),
@@ -138,12 +152,16 @@ def _raw_link(measured: MeasuredTrial, folder: Path, beside: Path) -> Link:
 
 
 def _deciding_effects(assessment: Assessment) -> list[tuple[str, Effect]]:
-    """What the verdict rests on, in large print: the whole workload, then its segments."""
+    """What the verdict rests on, in large print: the whole workload, then its segments.
+
+    All of the arm that the verdict is about, so that the figures can be compared.
+    """
     verdict = assessment.verdict
     workload = assessment.study.design.production_workload
     shown = [] if verdict.effect is None else [(f"{workload}, all requests", verdict.effect)]
-    for segment in verdict.segments:
-        effect = next((e for e in segment.effects if e.arm == segment.arm), None)
+    inside = [s for s in verdict.segments if s.workload == workload and s.segment != workload]
+    for segment in inside or [s for s in verdict.segments if s.segment != workload]:
+        effect = next((e for e in segment.effects if e.arm == (verdict.arm or segment.arm)), None)
         if effect is not None and effect != verdict.effect:
             where = "alone" if segment.workload == segment.segment else f"inside {segment.workload}"
             shown.append((f"{segment.segment} {where}", effect))
@@ -160,14 +178,27 @@ class ProductionRow:
     effects: tuple[tuple[str, str, Effect | None], ...]  # arm, value, effect
 
 
-def _production_rows(assessment: Assessment) -> list[ProductionRow]:
+def _production_effects(assessment: Assessment) -> dict[tuple[str, str], Effect]:
+    """Effects on the whole production workload at the production load, by metric and arm."""
     design = assessment.study.design
-    held = {
+    wanted = (design.production_workload, None, design.production_load)
+    return {
         (e.metric, e.arm): e
         for e in assessment.effects
-        if (e.workload, e.segment, e.load)
-        == (design.production_workload, None, design.production_load)
+        if (e.workload, e.segment, e.load) == wanted
     }
+
+
+def _production_notes(assessment: Assessment) -> list[str]:
+    """What the effects of the production table say about themselves, each remark once."""
+    metrics = [metric for metric, *_ in _PRODUCTION_METRICS]
+    notes = [e.note for e in _production_effects(assessment).values() if e.metric in metrics]
+    return list(dict.fromkeys(note for note in notes if note))
+
+
+def _production_rows(assessment: Assessment) -> list[ProductionRow]:
+    design = assessment.study.design
+    held = _production_effects(assessment)
     candidates = [arm.name for arm in design.arms if not arm.is_baseline]
     rows = []
     for metric, label, unit, factor in _PRODUCTION_METRICS:
@@ -201,27 +232,21 @@ def _speedup_rows(assessment: Assessment) -> list[tuple[str, LoadPoint, list[Eff
     ]
 
 
-def _crossover_sentence(crossing: Crossover) -> str:
-    where = f"{crossing.arm} on {cell_name(crossing.workload, crossing.segment)}"
-    unit = wording.load_axis(crossing.loop)
-    loads = ", ".join(f"{load:g}" for load in crossing.loads)
-    if crossing.outcome != "crosses" or crossing.load_value is None:
-        verb = {"always better": "faster", "always worse": "slower"}.get(crossing.outcome)
-        sentence = (
-            f"{where}: {verb} at every load measured ({loads} {unit})."
-            if verb
-            else f"{where}: undecided over the loads measured ({loads} {unit})."
-        )
+def _crossover_words(crossing: Crossover) -> str:
+    """Where an arm stops paying on a cell, in a phrase."""
+    loads = f"{crossing.loads[0]:g} to {crossing.loads[-1]:g}" if crossing.loads else "none"
+    if crossing.load_value is None:
+        found = {
+            "always better": f"faster at every load measured ({loads})",
+            "always worse": f"slower at every load measured ({loads})",
+        }.get(crossing.outcome, f"undecided over the loads measured ({loads})")
     else:
-        low = f"{crossing.low:.3g}" if crossing.low is not None else f"below {crossing.loads[0]:g}"
-        high = (
-            f"{crossing.high:.3g}" if crossing.high is not None else f"above {crossing.loads[-1]:g}"
-        )
-        sentence = (
-            f"{where}: stops paying at about {crossing.load_value:.3g} {unit} "
-            f"(95 % interval {low} to {high})."
-        )
-    return f"{sentence} {crossing.note}".rstrip()
+        low = f"{crossing.low:.3g}" if crossing.low is not None else "below the loads measured"
+        high = f"{crossing.high:.3g}" if crossing.high is not None else "above them"
+        stops = "stops paying" if crossing.outcome == "crosses" else "may stop paying"
+        unit = wording.load_axis(crossing.loop)
+        found = f"{stops} at about {crossing.load_value:.3g} {unit} [{low}, {high}]"
+    return f"{found}; {crossing.note}" if crossing.note else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,11 +374,43 @@ def _sample(arm: str, tables: Sequence[TrialTable], column: str) -> LatencySampl
     return LatencySample(arm, values[np.isfinite(values) & (values > 0)], failed)
 
 
-def _condition(condition: Condition, links: Mapping[str, Link]) -> tuple[Condition, list[Link]]:
-    return condition, [
+@dataclass(frozen=True, slots=True)
+class ConditionGroup:
+    """Conditions shown together, the failing first; ``title`` is empty for those of the verdict."""
+
+    title: str
+    tally: str
+    rows: tuple[tuple[Condition, tuple[Link, ...]], ...]
+
+
+def _condition_groups(assessment: Assessment, links: Mapping[str, Link]) -> list[ConditionGroup]:
+    """What the verdict is about first, in one group; then a group for each other scope."""
+    arm = assessment.verdict.arm
+    workload = assessment.study.design.production_workload
+    own = ("", workload, arm, f"{arm}/{workload}")
+    grouped: dict[str, list[Condition]] = {}
+    for condition in assessment.conditions:
+        title = "" if condition.scope in own else condition.scope.replace("/", " › ")
+        grouped.setdefault(title, []).append(condition)
+    groups = []
+    for title in sorted(grouped, key=lambda title: title != ""):
+        held = sorted(grouped[title], key=lambda c: _STATUS_ORDER.index(c.status))
+        counts = [(s, sum(c.status == s for c in held)) for s in _STATUS_ORDER]
+        groups.append(
+            ConditionGroup(
+                title,
+                ", ".join(f"{count} {wording.STATUS_WORDS[s]}" for s, count in counts if count),
+                tuple((c, _evidence(c, links)) for c in held),
+            )
+        )
+    return groups
+
+
+def _evidence(condition: Condition, links: Mapping[str, Link]) -> tuple[Link, ...]:
+    return tuple(
         links.get(trial_id, Link(trial_id.partition("-")[0], None, trial_id))
         for trial_id in condition.evidence
-    ]
+    )
 
 
 def _trial_row(measured: MeasuredTrial, link: Link) -> dict[str, Any]:

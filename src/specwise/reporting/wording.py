@@ -43,15 +43,15 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A ratio with two decimals: ``1.34×``."""
-    return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}×"
+    """A ratio with two decimals: ``1.34x``."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}x"
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """An interval of ratios: ``1.21–1.49``; empty when there is none."""
+    """An interval of ratios: ``[1.21, 1.49]``; empty when there is none."""
     if low is None or high is None or not (math.isfinite(low) or math.isfinite(high)):
         return ""
-    return f"{_bound(low)}–{_bound(high)}"
+    return f"[{_bound(low)}, {_bound(high)}]"
 
 
 def _bound(value: float) -> str:
