@@ -73,14 +73,14 @@ def padded_target(folder: Path) -> Path:
         return padded
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{PADDED_NAME}-", dir=folder))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{PADDED_NAME}-", dir=folder))
         try:
-            _write_padded(source, draft)
-            (draft / _MARKER).write_bytes(_canonical(wanted))
+            _write_padded(source, unfinished)
+            (unfinished / _MARKER).write_bytes(_canonical(wanted))
             shutil.rmtree(padded, ignore_errors=True)
-            draft.rename(padded)
+            unfinished.rename(padded)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         # Another process may have finished the same copy meanwhile: then it is just as good.
         if _marker(padded) == wanted:
