@@ -277,6 +277,8 @@ class Server:
         needs; whoever can reach 127.0.0.1 can then use them too. Raises InputError as
         `launch_command` does and EngineError when there is no engine to start.
         """
+        for model in (deployment.model, speculation.draft if speculation else None):
+            _check_folder(model)
         if deployment.engine == EMBEDDED:
             python, version = str(engine.engine_python()), engine.embedded_version()
         else:
@@ -486,6 +488,12 @@ class _Log:
         return "\n".join(self.text().strip().splitlines()[-lines:])
 
 
+def _check_folder(model: str | None) -> None:
+    """InputError for a model that is clearly meant as a folder and is none."""
+    if model and model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise InputError(f"The model folder {model} does not exist.", "Correct the path.")
+
+
 def _environment(deployment: Deployment, speculation: Speculation | None) -> dict[str, str]:
     """The server's environment: ours, what the embedded engine needs, what the deployment sets."""
     environment = dict(os.environ)
@@ -525,14 +533,13 @@ def failure_reason(log: str, returncode: int | None) -> str:
 
     ``log`` is what the server printed; falls back on how the process ended and the last line.
     """
-    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
-    for number, line in enumerate(lines):
-        text = line.strip()
+    lines = [_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
+    for number, text in enumerate(lines):
         if _ARGPARSE.match(text):
             return text.partition("error: ")[2]
-        if not _RAISED.match(line) or any(mark in text for mark in _CONSEQUENCES):
+        if not _RAISED.match(text) or any(mark in text for mark in _CONSEQUENCES):
             continue
-        return "\n".join([text, *_continuation(lines[number + 1 :])])
+        return _shortened(" ".join([text, *_continuation(text, lines[number + 1 :])]))
     ended = f"it ended with code {returncode}"
     if returncode is not None and returncode < 0:
         ended = f"it was ended by {signal.Signals(-returncode).name}"
@@ -542,14 +549,17 @@ def failure_reason(log: str, returncode: int | None) -> str:
     return f"{ended}. Its last line: {last}"
 
 
-def _continuation(following: list[str]) -> list[str]:
-    """Up to three indented lines that belong to an error message (pydantic writes such)."""
-    kept: list[str] = []
-    for line in following[:3]:
-        if not line.startswith("  ") or line.lstrip().startswith(("File ", "For further")):
-            break
-        kept.append(line.strip())
-    return kept
+def _continuation(text: str, following: list[str]) -> list[str]:
+    """The lines that belong to pydantic's error message: the field and what is wrong with it."""
+    if "validation error" not in text:
+        return []
+    lines = [line.strip() for line in following[:4]]
+    end = next((i for i, line in enumerate(lines) if line.startswith("For further")), 2)
+    return [line.partition(" [type=")[0] for line in lines[:end]]
+
+
+def _shortened(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def _end_watchdog(watchdog: subprocess.Popen[bytes]) -> None:

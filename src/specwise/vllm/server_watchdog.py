@@ -20,14 +20,15 @@ def main(parent: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     groups = b""
-    # The parent is looked at too: a child that it forked may still hold the pipe open.
-    while os.getppid() == parent:
-        if not select.select([0], [], [], PERIOD_S)[0]:
-            continue
-        received = os.read(0, 4096)
-        if not received:
-            break
+    while True:
+        # The parent is looked at too: a child that it forked may still hold the pipe open. Its end
+        # may also come before this line runs, so what it wrote is read before it is acted upon.
+        orphaned = os.getppid() != parent
+        readable = select.select([0], [], [], 0 if orphaned else PERIOD_S)[0]
+        received = os.read(0, 4096) if readable else b""
         groups += received
+        if not received and (readable or orphaned):
+            break
     for group in groups.split():
         try:
             os.killpg(int(group), signal.SIGKILL)
