@@ -35,15 +35,17 @@ def main():
     from vllm import LLM  # the engine
 
     def engine_args(words):
-        parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve", exit_on_error=False))
-        return EngineArgs.from_cli_args(parser.parse_args(["serve", *words][1:]))
+        parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+        args = parser.parse_args(words)
+        args.model = args.model_tag  # as vllm/entrypoints/cli/serve.py does
+        return EngineArgs.from_cli_args(args)
 
     for name, words in asked["commands"].items():
         refusal = None
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                engine_args(["--model", *words]).create_engine_config()
+                engine_args(words).create_engine_config()
         except SystemExit:
             refusal = errors.getvalue().strip().splitlines()[-1]
         except Exception as error:  # noqa: BLE001 (whatever vLLM refuses with is the answer)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from specwise.errors import CheckpointError, CommandError
-from specwise.facts.checkpoint import from_folder, from_table, table_name
+from specwise.errors import CommandError
+from specwise.facts.checkpoint import load_local
 from specwise.vllm.command import (
     ServeCommand,
     Version,
@@ -61,17 +61,8 @@ def _read(words: tuple[str, ...], pid: int | None) -> ServeCommand:
 
 def _facts(name: object) -> ModelFacts:
     """What the checkpoint's metadata says, if it is a folder or a built-in model; never the hub."""
-    if not isinstance(name, str) or not name:
-        return ModelFacts()
-    try:
-        path = Path(name).expanduser()
-        if (path / "config.json").is_file():
-            checkpoint = from_folder(path)
-        elif (known := table_name(name)) is not None:
-            checkpoint = from_table(known)
-        else:
-            return ModelFacts()
-    except (CheckpointError, OSError, ValueError):
+    checkpoint = load_local(name) if isinstance(name, str) else None
+    if checkpoint is None:
         return ModelFacts()
     method = checkpoint.quantization.method if checkpoint.quantization else None
     return ModelFacts(checkpoint.vocab_size, method, checkpoint.max_positions)

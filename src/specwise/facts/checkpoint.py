@@ -53,6 +53,18 @@ def load_checkpoint(name: str) -> Checkpoint:
     )
 
 
+def load_local(name: str) -> Checkpoint | None:
+    """The checkpoint if it is a folder or a built-in model, None otherwise; never asks the hub."""
+    path = Path(name).expanduser()
+    try:
+        if name and (path / "config.json").is_file():
+            return from_folder(path, name)
+        known = table_name(name) if name else None
+        return from_table(known) if known is not None else None
+    except (CheckpointError, OSError, ValueError):
+        return None
+
+
 def _is_dir(path: Path) -> bool:
     try:
         return path.is_dir()

@@ -195,7 +195,7 @@ def _draft_length(work: Work) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         work.report("k-invalid", f"{K} is {k!r}.", "Set to 3: measure 1 to 5.")
         work.set_spec(**{K: 3})
-    elif k > 16:
+    elif k > 16 and config.get("method") != "suffix":  # there k is a cap, 24 by default
         work.report("k-huge", f"k = {k} drafts are proposed in each step.")
 
 
