@@ -10,6 +10,7 @@ the next starts, and the order of arms is reversed between repeats.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,6 +141,12 @@ def read_study_file(path: Path) -> tuple[StudyDesign, str]:
     return parse_study(text, name=str(path)), text
 
 
+def bundled_study(name: str) -> str:
+    """The text of a study file that ships with specwise: example, demo or demo-quick."""
+    folder = Path(__file__).resolve().parents[1] / "bundled" / "studies"
+    return (folder / f"{name}.toml").read_text(encoding="utf-8")
+
+
 def parse_study(text: str, *, name: str) -> StudyDesign:
     """The design in TOML ``text``; ``name`` is what error messages call it."""
     try:
@@ -252,6 +259,7 @@ def _arm(arm: _ArmTable, serve: _ServeTable, name: str) -> Arm:
             schedule=tuple(arm.speculation.schedule),
             options=arm.speculation.options,
         )
+    _refuse_secrets(arm, serve, name)
     if arm.url is not None:
         if arm.arguments or arm.environment or arm.engine:
             raise StudyFileError(
@@ -285,6 +293,24 @@ def _arm(arm: _ArmTable, serve: _ServeTable, name: str) -> Arm:
         ),
         api_key_env=arm.api_key_env,
     )
+
+
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+
+
+def _refuse_secrets(arm: _ArmTable, serve: _ServeTable, name: str) -> None:
+    """A study folder is made to be passed around: no key may enter it."""
+    if any(word.split("=")[0] == "--api-key" for word in (*serve.arguments, *arm.arguments)):
+        raise StudyFileError(
+            f"{name}: arm {arm.name!r} has an API key among its arguments.",
+            "Servers that specwise starts listen on loopback only and need none: remove it.",
+        )
+    for variable in (*serve.environment, *arm.environment):
+        if _SECRET.search(variable):
+            raise StudyFileError(
+                f"{name}: environment variable {variable} looks like a secret.",
+                "Export it in the shell that runs specwise; servers inherit the environment.",
+            )
 
 
 def _workloads(table: _StudyTable, name: str) -> tuple[Workload, ...]:

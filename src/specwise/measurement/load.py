@@ -14,6 +14,7 @@ import gc
 import os
 import ssl
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,12 +132,14 @@ def run_load(
         clock=clock,
     )
     gc.collect()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        try:
+    switch_interval_s = sys.getswitchinterval()
+    # Other threads (progress, metrics) must hand the interpreter back soon: 5 ms is the default.
+    sys.setswitchinterval(min(switch_interval_s, 0.0005))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run.execute())
-        except KeyboardInterrupt:
-            if not run.interrupted:
-                raise
+    finally:
+        sys.setswitchinterval(switch_interval_s)
     return run.result()
 
 

@@ -13,6 +13,7 @@ as long as the source lasts, so that one trial does not warm the prefix cache fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,11 +118,11 @@ def _prompt_from(item: Any, where: str, default_id: str) -> Prompt:
     max_tokens = item.get("max_tokens")
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
         raise PromptError(f"{where}: max_tokens must be a positive whole number.")
-    text: Any = item.get("prompt")
-    messages: Any = item.get("messages")
-    if isinstance(text, str) and messages is None:
+    text = item.get("prompt")
+    messages = item.get("messages")
+    if isinstance(text, str) and not messages:
         return Prompt(prompt_id, text=text, max_tokens=max_tokens)
-    if isinstance(messages, list) and messages and text is None:
+    if text is None and isinstance(messages, list) and messages:
         pairs = tuple(_message(message, where) for message in messages)
         return Prompt(prompt_id, messages=pairs, max_tokens=max_tokens)
     raise PromptError(
@@ -153,10 +154,17 @@ def _read_sharegpt(path: Path) -> Iterator[Prompt]:
     for number, conversation in enumerate(conversations):
         if not isinstance(conversation, dict):
             raise PromptError(f"{path}: conversation {number} is not an object.")
-        turns = conversation.get("conversations", conversation.get("conversation", []))
+        turns = conversation.get("conversations") or conversation.get("conversation") or []
+        if not isinstance(turns, list):
+            raise PromptError(f"{path}: conversation {number} has no list of turns.")
         first = next((t for t in turns if isinstance(t, dict) and t.get("from") == "human"), None)
         if first is not None and isinstance(first.get("value"), str) and first["value"].strip():
             yield Prompt(str(conversation.get("id", number)), text=first["value"])
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """A short hash of a source's prompts: shows that a file changed between two sittings."""
+    return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()[:16]
 
 
 class PromptPlan:

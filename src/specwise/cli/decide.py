@@ -1,0 +1,36 @@
+"""`specwise decide`: the verdict of a study, in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="Example: specwise decide chat-20261122-101500")
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print verdict and evidence as JSON.")
+def decide(study: Path, as_json: bool) -> None:
+    """Should the deployment measured in STUDY speculate?
+
+    Says on, on with a schedule, off, or measure more, overall and for each segment, with evidence.
+
+    Exit code 0: on (with or without a schedule). 1: off. 3: not decidable from what was measured.
+    """
+    from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
+    from specwise.decision.verdict import exit_code  # noqa: PLC0415
+    from specwise.measurement.store import read_study  # noqa: PLC0415
+
+    assessment = assess(read_study(study))
+    if as_json:
+        import orjson  # noqa: PLC0415
+
+        from specwise.reporting.json_export import assessment_to_dict  # noqa: PLC0415
+
+        click.echo(orjson.dumps(assessment_to_dict(assessment), option=orjson.OPT_INDENT_2))
+    else:
+        from specwise.reporting.console import print_assessment  # noqa: PLC0415
+
+        print_assessment(assessment)
+    sys.exit(exit_code(assessment.verdict.decision))

@@ -1,0 +1,41 @@
+"""`specwise report`: the study as one HTML page, as JSON, and its raw records as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(epilog="Example: specwise report chat-20261122-101500 --records csv")
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="HTML file [STUDY/report.html].")
+@click.option(
+    "--records",
+    type=click.Choice(["csv", "parquet", "jsonl"]),
+    help="Also export the raw records, one row a request, into the study folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the paths as JSON.")
+def report(study: Path, out: Path | None, records: str | None, as_json: bool) -> None:
+    """Write what was measured in STUDY as one self-contained HTML page and as JSON beside it."""
+    from specwise.decision.assessment import assess  # noqa: PLC0415 - the plotting stack loads here
+    from specwise.measurement.store import read_study  # noqa: PLC0415
+    from specwise.reporting.export import export_records  # noqa: PLC0415
+    from specwise.reporting.html import write_report  # noqa: PLC0415
+    from specwise.reporting.json_export import write_json  # noqa: PLC0415
+
+    data = read_study(study)
+    assessment = assess(data)
+    written = {"report": out or study / "report.html", "assessment": study / "assessment.json"}
+    write_report(assessment, written["report"])
+    write_json(assessment, written["assessment"])
+    if records is not None:
+        written["records"] = study / f"records.{records}"
+        export_records(data, written["records"], records)
+    if as_json:
+        import orjson  # noqa: PLC0415
+
+        click.echo(orjson.dumps({name: str(path) for name, path in written.items()}))
+    else:
+        for name, path in written.items():
+            click.echo(f"{name:<12}{path}")

@@ -1,0 +1,245 @@
+"""The servers of a study's arms: one serves, the others keep still.
+
+Servers that specwise starts stay in memory together when the design says so and are suspended
+while another arm runs, because an idle vLLM keeps spinning and would slow its neighbour; otherwise
+only one runs at a time. Servers given by URL are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from specwise.domain import Arm, Deployment, Speculation, StudyDesign
+from specwise.errors import InputError, ServerError
+from specwise.facts.bundled import bundled_draft, bundled_target, padded_target
+from specwise.measurement.load import Target
+from specwise.measurement.provenance import describe_model
+from specwise.vllm.engine import cache_folder
+from specwise.vllm.server import Capabilities, Server, probe
+
+RETURN_PATIENCE_S = 60.0
+
+
+class Fleet:
+    """Brings the right server up for each trial; a context manager that leaves nothing running.
+
+    ``known`` is how each arm was served in earlier sittings; ``on_described`` gets
+    the same, up to date, whenever a server was looked at.
+    """
+
+    def __init__(
+        self,
+        design: StudyDesign,
+        *,
+        known: Mapping[str, Mapping[str, Any]],
+        log_path: Callable[[str], Path],
+        on_described: Callable[[Mapping[str, Mapping[str, Any]]], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._design = design
+        self._described = {name: dict(values) for name, values in known.items()}
+        self._on_described = on_described
+        self._log_path = log_path
+        self._note = note
+        self._servers: dict[str, Server] = {}
+        self._targets: dict[str, Target] = {}
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for server in self._servers.values():
+            server.stop()
+
+    def start(self) -> None:
+        """Bring up every arm before the first trial, so that a wrong one is found at once."""
+        for arm in self._design.arms:
+            if arm.url is not None or self._design.servers_together:
+                self.ready(arm)
+
+    def ready(self, arm: Arm) -> Target:
+        """Where requests of ``arm`` go, its server being up and the others still.
+
+        Raises ServerError if it cannot be brought up, InputError if it is not what the design says.
+        """
+        if arm.url is not None:
+            return self._given(arm)
+        for name, server in list(self._servers.items()):
+            if name == arm.name:
+                continue
+            if self._design.servers_together:
+                server.suspend()
+            else:
+                server.stop()
+                del self._servers[name]
+        running = self._servers.get(arm.name)
+        if running is not None and running.alive:
+            running.resume()
+            return self._targets[arm.name]
+        self._servers.pop(arm.name, None)
+        return self._start(arm)
+
+    def forget_prompts(self, arm: Arm) -> None:
+        """Empty the prefix cache of a server that specwise started, so that trials start equal.
+
+        A server given by URL keeps its cache; its hit rate is in the trial's counters.
+        """
+        server = self._servers.get(arm.name)
+        if server is not None:
+            server.reset_prefix_cache()
+
+    def alive(self, arm: Arm) -> bool:
+        """Whether the server of ``arm`` is not known to have died."""
+        if arm.url is not None:
+            return True
+        server = self._servers.get(arm.name)
+        return server is not None and server.alive
+
+    def last_words(self, arm: Arm) -> str:
+        """Where to look for why a server failed, as the end of a sentence; may be empty."""
+        return "" if arm.url is not None else f" Its log: {self._log_path(arm.name)}"
+
+    def _start(self, arm: Arm) -> Target:
+        assert arm.deployment is not None  # noqa: S101 - an arm has a url or a deployment
+        deployment = replace(
+            arm.deployment,
+            model=resolve_model(arm.deployment.model),
+            served_name=arm.deployment.served_name or arm.deployment.model,
+        )
+        speculation = self._resolve_draft(arm.speculation)
+        self._note(f"starting the server of arm {arm.name} ({deployment.served_name})")
+        began = time.monotonic()
+        server = Server.start(
+            deployment, speculation, log_path=self._log_path(arm.name), dev_endpoints=True
+        )
+        self._servers[arm.name] = server
+        server.wait_ready()
+        self._note(f"arm {arm.name} is up after {time.monotonic() - began:.0f} s")
+        capabilities = probe(server.url, model=deployment.served_name)
+        target = Target(
+            url=server.url,
+            model=deployment.served_name,
+            timeout_s=self._design.timeout_s,
+            speculative=not arm.is_baseline,
+        )
+        self._targets[arm.name] = target
+        self._describe(arm, capabilities, deployment, server.command)
+        return target
+
+    def _resolve_draft(self, speculation: Speculation | None) -> Speculation | None:
+        if speculation is None or speculation.draft is None:
+            return speculation
+        return replace(speculation, draft=resolve_model(speculation.draft))
+
+    def _given(self, arm: Arm) -> Target:
+        """The user's own server; waits a while for one that is restarting."""
+        assert arm.url is not None  # noqa: S101
+        headers = api_headers(arm)
+        deadline = time.monotonic() + (RETURN_PATIENCE_S if arm.name in self._targets else 0)
+        while True:
+            try:
+                capabilities = probe(arm.url, headers=headers, model=arm.model)
+                break
+            except ServerError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(1.0)
+        if arm.is_baseline and capabilities.speculative:
+            raise InputError(
+                f"Arm {arm.name!r} is the baseline, but the server at {arm.url} speculates.",
+                "Point it at a server started without speculation; a ratio against a speculating "
+                "baseline means nothing.",
+            )
+        if not arm.is_baseline and capabilities.speculative is False:
+            raise InputError(
+                f"Arm {arm.name!r} should speculate, but the server at {arm.url} does not.",
+                "Check its --speculative-config, or correct the url.",
+            )
+        target = Target(
+            url=arm.url,
+            model=arm.model or capabilities.models[0],
+            headers=headers,
+            timeout_s=self._design.timeout_s,
+            speculative=not arm.is_baseline,
+        )
+        self._targets[arm.name] = target
+        self._describe(arm, capabilities, None, ())
+        return target
+
+    def _describe(
+        self,
+        arm: Arm,
+        capabilities: Capabilities,
+        deployment: Deployment | None,
+        command: tuple[str, ...],
+    ) -> None:
+        version = capabilities.version
+        known = self._described.get(arm.name)
+        if known is not None and known.get("vllm") != version:
+            raise InputError(
+                f"Arm {arm.name!r} was measured on vLLM {known.get('vllm')} so far and now runs "
+                f"{version}.",
+                "Start a new study folder: figures of two versions cannot be paired.",
+            )
+        description: dict[str, Any] = {
+            "vllm": version,
+            "served_models": list(capabilities.models),
+            "max_model_len": capabilities.max_model_len,
+        }
+        if deployment is None:
+            description |= {"url": arm.url, "model": arm.model}
+        else:
+            description |= {
+                "model": deployment.served_name,
+                "command": list(command),
+                "checkpoint": describe_model(Path(deployment.model)),
+            }
+        if description != known:
+            self._described[arm.name] = description
+            self._on_described(self._described)
+
+
+def resolve_model(reference: str) -> str:
+    """What vLLM can load for a model reference: a folder or a hub id, as it is, or a bundled one.
+
+    ``bundled:target`` is the demo target padded to the cost of a larger model (written to the
+    cache at first use), ``bundled:target-unpadded`` the trained one, ``bundled:draft`` its draft.
+    """
+    if not reference.startswith("bundled:"):
+        return reference
+    match reference.removeprefix("bundled:"):
+        case "target":
+            return str(padded_target(cache_folder() / "models"))
+        case "target-unpadded":
+            return str(bundled_target())
+        case "draft":
+            return str(bundled_draft())
+        case other:
+            raise InputError(
+                f"There is no bundled model {other!r}.",
+                "Use bundled:target, bundled:target-unpadded or bundled:draft.",
+            )
+
+
+def api_headers(arm: Arm) -> Mapping[str, str]:
+    """The Authorization header of an arm with an API key; InputError if the variable is empty."""
+    if arm.api_key_env is None:
+        return {}
+    key = os.environ.get(arm.api_key_env, "")
+    if not key:
+        raise InputError(
+            f"Arm {arm.name!r} takes its API key from ${arm.api_key_env}, which is not set.",
+            f"export {arm.api_key_env}=... and run again.",
+        )
+    return {"Authorization": f"Bearer {key}"}

@@ -1,0 +1,394 @@
+"""Executes a study: every trial of the design, in order, into its folder; resumes where it stopped.
+
+For each trial: the arm's server is made ready and the others are suspended, warm-up requests go
+out (prompts of their own, never recorded), the server's counters are read, the load runs with
+every record written as its request ends, and the counters are read again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from specwise.domain import (
+    Api,
+    GaugeSample,
+    LoadPoint,
+    Loop,
+    MeasuredTrial,
+    Outcome,
+    RequestRecord,
+    StudyDesign,
+    Trial,
+    TrialPart,
+)
+from specwise.errors import PromptError, ServerError, StoppedError, StoreError
+from specwise.facts.bundled import bundled_prompts
+from specwise.measurement.arrivals import intended_times, parse_trace
+from specwise.measurement.fleet import Fleet
+from specwise.measurement.load import PlannedRequest, Target, run_load
+from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_prompts
+from specwise.measurement.store import StudyFolder
+from specwise.vllm import metrics
+from specwise.vllm.response import endpoint, request_body
+
+GAUGE_PERIOD_S = 1.0
+WARMUP_MAX_TOKENS = 16
+MAX_PARTS_PER_SITTING = 3
+REFUSALS_BEFORE_PAUSE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a study stands: ``done`` of ``total`` trials; ``to_go_s`` is None while unknown."""
+
+    done: int
+    total: int
+    to_go_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What the command line wants to hear while a study runs. Each is called on the main thread."""
+
+    note: Callable[[str], None] = lambda _: None
+    trial_started: Callable[[Trial, Progress], None] = lambda *_: None
+    trial_finished: Callable[[MeasuredTrial, Progress], None] = lambda *_: None
+
+
+def conduct(
+    folder: StudyFolder, *, base: Path, listener: Listener, stop: Callable[[], bool]
+) -> None:
+    """Measure what is left of the study in ``folder``: the whole job of ``specwise measure``.
+
+    Relative paths of the study count from ``base``. Starts and stops the servers the design asks
+    for. Raises PromptError or InputError for a design that cannot be run here, ServerError or
+    EngineError for servers that cannot, StoppedError when ``stop`` asked for it.
+    """
+    design = folder.design
+    sources = {s.name: load_prompts(s.prompts, base, bundled_prompts) for s in design.segments}
+    prompts = PromptPlan(sources, design.segments, seed=design.seed, warmup=design.warmup)
+    digests = {name: digest(source) for name, source in sources.items()}
+    known = folder.provenance.get("prompts", digests)
+    changed = [name for name, value in digests.items() if known.get(name) != value]
+    if changed:
+        raise StoreError(
+            f"The prompts of segment {', '.join(changed)} changed since {folder.path} was begun.",
+            "Restore the file, or measure into a new folder: arms must see the same prompts.",
+        )
+    folder.add_provenance({"prompts": digests, "base": str(base)})
+    with (
+        folder.locked(),
+        Fleet(
+            design,
+            known=folder.provenance.get("arms", {}),
+            log_path=folder.log_path,
+            on_described=lambda arms: folder.add_provenance({"arms": arms}),
+            note=listener.note,
+        ) as fleet,
+    ):
+        fleet.start()
+        measure(folder, prompts, fleet, base=base, listener=listener, stop=stop)
+
+
+def measure(
+    folder: StudyFolder,
+    prompts: PromptPlan,
+    fleet: Fleet,
+    *,
+    base: Path,
+    listener: Listener,
+    stop: Callable[[], bool],
+) -> None:
+    """Run every trial of ``folder`` that is not complete yet.
+
+    ``base`` is where a trace file's relative path counts from. Raises StoppedError when ``stop``
+    asked for it, ServerError when a server cannot be brought back; both leave the folder ready to
+    be resumed.
+    """
+    sitting = _Sitting(folder, prompts, fleet, base, listener, stop)
+    design = folder.design
+    cells = {trial.trial_id: sitting.deal(trial) for trial in design.trials}
+    for segment in prompts.reused:
+        listener.note(
+            f"segment {segment}: more requests than prompts, so some prompts are used twice "
+            "(a prefix cache may answer them faster)"
+        )
+    clock = _TrialClock(design)
+    clock.done.update(trial.trial_id for trial in design.trials if folder.is_complete(trial))
+    for trial in design.trials:
+        if trial.trial_id in clock.done:
+            continue
+        listener.trial_started(trial, clock.progress())
+        began = time.monotonic()
+        sitting.run_trial(trial, cells[trial.trial_id])
+        clock.add(trial, time.monotonic() - began)
+        listener.trial_finished(folder.read_trial(trial), clock.progress())
+
+
+@dataclass(frozen=True, slots=True)
+class _Sitting:
+    """One uninterrupted execution of (what is left of) a study."""
+
+    folder: StudyFolder
+    prompts: PromptPlan
+    fleet: Fleet
+    base: Path
+    listener: Listener
+    stop: Callable[[], bool]
+
+    @property
+    def design(self) -> StudyDesign:
+        return self.folder.design
+
+    def deal(self, trial: Trial) -> tuple[ChosenPrompt, ...]:
+        workload = self.design.workload(trial.workload)
+        return self.prompts.deal(workload, trial.load, trial.repeat, trial.requests)
+
+    def run_trial(self, trial: Trial, chosen: Sequence[ChosenPrompt]) -> None:
+        """Send what is left of one trial, in as many parts as the server's health demands."""
+        arm = self.design.arm(trial.arm)
+        for attempt in range(MAX_PARTS_PER_SITTING):
+            remaining = self.folder.remaining(trial)
+            if not remaining:
+                break
+            if attempt:
+                self.listener.note(f"{trial.trial_id}: the server went away; going on")
+            self._check_stop()
+            target = self.fleet.ready(arm)
+            _warm_up(target, self.prompts.warmup(self.design.workload(trial.workload)))
+            self._check_stop()
+            self.fleet.forget_prompts(arm)
+            self._run_part(trial, [c for c in chosen if c.index in remaining], target)
+        if self.folder.remaining(trial):
+            self._check_stop()
+            raise ServerError(
+                f"The server of arm {trial.arm!r} failed {MAX_PARTS_PER_SITTING} times in trial "
+                f"{trial.trial_id}.{self.fleet.last_words(arm)}",
+                "Everything measured is kept. When the server is well, run "
+                f"`specwise measure --resume {self.folder.path}`.",
+            )
+        with self.folder.recording(trial) as writer:
+            writer.complete()
+
+    def _check_stop(self) -> None:
+        if self.stop():
+            raise StoppedError(
+                "Stopped; everything measured is kept.",
+                f"Go on with `specwise measure --resume {self.folder.path}`.",
+            )
+
+    def _run_part(self, trial: Trial, chosen: Sequence[ChosenPrompt], target: Target) -> None:
+        """One stretch of load: records as they end, counters and gauges around them."""
+        arm = self.design.arm(trial.arm)
+        part = 1 + max((r.part for r in self.folder.read_trial(trial).records), default=-1)
+        requests = self._plan(trial, chosen, target, part)
+        refused: list[RequestRecord] = []
+
+        def away() -> bool:
+            return len(refused) >= REFUSALS_BEFORE_PAUSE or not self.fleet.alive(arm)
+
+        before = _scrape(target)
+        with self.folder.recording(trial) as writer:
+
+            def record(request: RequestRecord) -> None:
+                # A refused connection is the arm's failure if the server answers again in this
+                # run. Otherwise it is away: the run pauses, and what was refused is sent again.
+                if request.outcome is Outcome.REFUSED:
+                    refused.append(request)
+                    return
+                if request.outcome in (Outcome.OK, Outcome.HTTP_ERROR):
+                    flush()
+                writer.request(request)
+
+            def flush() -> None:
+                for held in refused:
+                    writer.request(held)
+                refused.clear()
+
+            with _GaugeSampler(target) as gauges:
+                run = run_load(
+                    requests,
+                    target=target,
+                    concurrency=int(trial.load.value) if trial.load.loop is Loop.CLOSED else None,
+                    part=part,
+                    on_record=record,
+                    keep_text=self.design.keep_text,
+                    stop=lambda: self.stop() or away(),
+                )
+            if not away():
+                flush()
+            after = _scrape(target)
+            delta = metrics.difference(before, after) if before and after else None
+            writer.part(
+                TrialPart(
+                    started_at=run.started_at,
+                    duration_s=run.duration_s,
+                    client=run.client,
+                    counters=delta.counters if delta else {},
+                    counters_reset=delta.reset if delta else False,
+                    gauges=gauges.samples(),
+                    number=part,
+                )
+            )
+
+    def _plan(
+        self, trial: Trial, chosen: Sequence[ChosenPrompt], target: Target, part: int
+    ) -> list[PlannedRequest]:
+        times: Sequence[float | None] = [None] * len(chosen)
+        if trial.load.loop is Loop.OPEN:
+            times = self._arrival_times(trial.load, trial.repeat, len(chosen), part)
+        return [_planned(c, target, at) for c, at in zip(chosen, times, strict=True)]
+
+    def _arrival_times(
+        self, load: LoadPoint, repeat: int, count: int, part: int
+    ) -> tuple[float, ...]:
+        """The same for every arm: the draw depends on the load, the repeat and the part only."""
+        trace: tuple[float, ...] = ()
+        if load.trace:
+            path = self.base / load.trace
+            try:
+                trace = parse_trace(path.read_text(encoding="utf-8"), load.trace)
+            except (OSError, UnicodeDecodeError) as error:
+                raise PromptError(f"Trace file {path} cannot be read: {error}.") from error
+        rng = np.random.default_rng([self.design.seed, 3, int(load.value * 1000), repeat, part])
+        return intended_times(
+            load.arrivals, load.value, count, rng, burstiness=load.burstiness, trace=trace
+        )
+
+
+def _planned(
+    chosen: ChosenPrompt, target: Target, intended_s: float | None, max_tokens: int | None = None
+) -> PlannedRequest:
+    segment, prompt = chosen.segment, chosen.prompt
+    limit = min(prompt.max_tokens or segment.max_tokens, segment.max_tokens)
+    return PlannedRequest(
+        index=chosen.index,
+        prompt_id=prompt.prompt_id,
+        segment=segment.name,
+        temperature=segment.temperature,
+        path=endpoint(segment.api),
+        body=request_body(
+            segment.api,
+            model=target.model,
+            prompt=prompt.as_messages() if segment.api is Api.CHAT else prompt.as_text(),
+            max_tokens=min(limit, max_tokens or limit),
+            temperature=segment.temperature,
+            top_p=segment.top_p,
+        ),
+        intended_s=intended_s,
+    )
+
+
+def _warm_up(target: Target, chosen: Sequence[ChosenPrompt]) -> None:
+    """Send the warm-up requests together; ServerError if the server refuses their kind."""
+    refused: list[RequestRecord] = []
+
+    def look(record: RequestRecord) -> None:
+        if record.outcome is Outcome.HTTP_ERROR and 400 <= (record.status or 0) < 500:
+            refused.append(record)
+
+    if not chosen:
+        return
+    run_load(
+        [_planned(c, target, None, WARMUP_MAX_TOKENS) for c in chosen],
+        target=target,
+        concurrency=len(chosen),
+        part=0,
+        on_record=look,
+    )
+    permanent = [record for record in refused if record.status != 429]
+    if len(permanent) == len(chosen):
+        raise ServerError(
+            f"{target.url} refuses every warm-up request: HTTP {permanent[0].status}, "
+            f"{permanent[0].error}",
+            "Correct the segment (model, prompt length, sampling options) or the server.",
+        )
+
+
+def _scrape(target: Target) -> metrics.Snapshot | None:
+    try:
+        return metrics.scrape(target.url, headers=target.headers)
+    except ServerError:
+        return None
+
+
+class _GaugeSampler:
+    """Fetches /metrics once a second on a thread while a part runs; parses when it is over."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._stop = threading.Event()
+        self._raw: list[tuple[float, str]] = []
+        self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
+
+    def __enter__(self) -> _GaugeSampler:
+        self._began = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._stop.wait(GAUGE_PERIOD_S):
+            try:
+                text = metrics.fetch(self._target.url, headers=self._target.headers)
+            except ServerError:
+                continue  # a missing sample is a gap in the series, not a failure of the trial
+            self._raw.append((time.monotonic() - self._began, text))
+
+    def samples(self) -> tuple[GaugeSample, ...]:
+        """The gauges over time; parsing waits until the load is over so as not to disturb it."""
+        snapshots = [(at, metrics.parse(text)) for at, text in self._raw]
+        return tuple(
+            GaugeSample(
+                at_s=round(at, 3),
+                running=snapshot.gauges.get("running"),
+                waiting=snapshot.gauges.get("waiting"),
+                kv_use=snapshot.gauges.get("kv_use"),
+            )
+            for at, snapshot in snapshots
+        )
+
+
+class _TrialClock:
+    """Estimates the time to go from trials that are over: the same cell, else the same load."""
+
+    def __init__(self, design: StudyDesign) -> None:
+        self._trials = design.trials
+        self._took: list[tuple[Trial, float]] = []
+        self.done: set[str] = set()
+
+    def add(self, trial: Trial, took_s: float) -> None:
+        self._took.append((trial, took_s))
+        self.done.add(trial.trial_id)
+
+    def progress(self) -> Progress:
+        left = [trial for trial in self._trials if trial.trial_id not in self.done]
+        to_go = [self._expected_s(trial) for trial in left] if self._took else None
+        return Progress(
+            done=len(self._trials) - len(left),
+            total=len(self._trials),
+            to_go_s=sum(to_go) if to_go is not None else None,
+        )
+
+    def _expected_s(self, trial: Trial) -> float:
+        likenesses: Iterable[Callable[[Trial], object]] = (
+            lambda t: (t.arm, t.workload, t.load),
+            lambda t: (t.workload, t.load),
+            lambda t: t.load,
+        )
+        for likeness in likenesses:
+            like = [took for other, took in self._took if likeness(other) == likeness(trial)]
+            if like:
+                return statistics.fmean(like)
+        per_request = [took / other.requests for other, took in self._took]
+        return statistics.fmean(per_request) * trial.requests

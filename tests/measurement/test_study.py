@@ -1,0 +1,353 @@
+"""Whole studies against servers of known truth, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.fake_vllm import FakeVllm
+
+from specwise.domain import AcceptanceSource, MeasuredTrial, Outcome, StudyData
+from specwise.errors import InputError, ServerError, StoppedError, StoreError
+from specwise.measurement.design import parse_study
+from specwise.measurement.provenance import describe_here
+from specwise.measurement.store import StudyFolder, read_study
+from specwise.measurement.study import Listener, conduct
+
+STUDY = """
+name = "fake"
+seed = 3
+[[arm]]
+name = "baseline"
+url = "{baseline}"
+[[arm]]
+name = "draft"
+url = "{draft}"
+speculation = {{ method = "draft_model", k = 2, draft = "d" }}
+[[segment]]
+name = "one"
+prompts = "prompts.jsonl"
+max_tokens = 20
+[[segment]]
+name = "two"
+prompts = "prompts.jsonl"
+max_tokens = 20
+temperature = 0.8
+api = "completions"
+[[workload]]
+name = "mix"
+shares = {{ one = 1, two = 1 }}
+[load]
+{load}
+warmup = 1
+timeout_s = 20
+"""
+CLOSED = "concurrency = [1, 4]\nrequests = [2, 8]\nrepeats = 2"
+SHORT = "concurrency = [2]\nrequests = 12\nrepeats = 1\nnoise_floor = false"
+
+
+def write_study(folder: Path, baseline: str, draft: str, load: str = CLOSED) -> Path:
+    prompts = "\n".join(json.dumps({"prompt": f"say {i} words"}) for i in range(200))
+    (folder / "prompts.jsonl").write_text(prompts)
+    path = folder / "study.toml"
+    path.write_text(STUDY.format(baseline=baseline, draft=draft, load=load))
+    return path
+
+
+def new_folder(path: Path) -> StudyFolder:
+    text = path.read_text()
+    design = parse_study(text, name="study.toml")
+    return StudyFolder.create(path.parent / "study", design, describe_here(), text)
+
+
+def measure(
+    folder: StudyFolder, base: Path, stop: Callable[[], bool] = lambda: False
+) -> tuple[StudyData, list[str]]:
+    notes: list[str] = []
+    conduct(folder, base=base, listener=Listener(note=notes.append), stop=stop)
+    return read_study(folder.path), notes
+
+
+def prompts_of(measured: MeasuredTrial) -> list[tuple[int, str]]:
+    return [(r.index, r.prompt_id) for r in measured.records]
+
+
+def test_a_study_measures_what_its_servers_do(tmp_path: Path) -> None:
+    with (
+        FakeVllm(step_s=lambda n: 0.004 + 0.0005 * n) as baseline,
+        FakeVllm(step_s=lambda n: 0.006 + 0.0005 * n, conditional=(0.9, 0.8)) as draft,
+    ):
+        path = write_study(tmp_path, baseline.url, draft.url)
+        data, _ = measure(new_folder(path), tmp_path)
+        assert draft.counters["generation_tokens"] > 0
+
+    assert all(trial.complete for trial in data.trials)
+    assert len(data.trials) == len(data.design.trials)
+    records = [r for t in data.trials for r in t.records]
+    assert {r.outcome for r in records} == {Outcome.OK}
+    assert all(r.output_tokens == 20 and r.prompt_tokens == 9 for r in records)
+
+    by_cell: dict[tuple[object, ...], list[MeasuredTrial]] = {}
+    for t in data.trials:
+        by_cell.setdefault((t.trial.workload, t.trial.load, t.trial.repeat), []).append(t)
+    for trials in by_cell.values():
+        assert len({str(prompts_of(t)) for t in trials}) == 1, "arms must see the same prompts"
+
+    drafted = [t for t in data.trials if t.trial.arm == "draft"]
+    for trial in drafted:
+        assert {r.acceptance.source for r in trial.records if r.acceptance} == {
+            AcceptanceSource.PER_REQUEST
+        }
+        steps = sum(r.acceptance.steps for r in trial.records if r.acceptance)
+        accepted = sum(r.acceptance.accepted_tokens for r in trial.records if r.acceptance)
+        counters = {k: v for part in trial.parts for k, v in part.counters.items()}
+        assert counters["spec_drafts"] == steps
+        assert counters["spec_accepted_tokens"] == accepted
+    assert all(r.acceptance is None for t in data.trials if t not in drafted for r in t.records)
+    assert data.provenance["arms"]["draft"]["vllm"] == "0.32.0"
+
+
+def test_temperature_and_endpoint_follow_the_segment(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        measure(new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT)), tmp_path)
+        sent = baseline.bodies
+    assert {("messages" in body, body["temperature"]) for body in sent} == {
+        (True, 0.0),
+        (False, 0.8),
+    }
+    assert all(body["stream"] for body in sent)
+
+
+def test_open_loop_sends_at_the_same_intended_times_to_every_arm(tmp_path: Path) -> None:
+    load = "rate_per_s = [40]\nrequests = 16\nrepeats = 1\nnoise_floor = false"
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        path = write_study(tmp_path, baseline.url, draft.url, load)
+        data, _ = measure(new_folder(path), tmp_path)
+    times: dict[str, set[tuple[float, ...]]] = {}
+    for t in data.trials:
+        times.setdefault(t.trial.workload, set()).add(tuple(r.intended_s for r in t.records))
+    assert all(len(seen) == 1 for seen in times.values())
+    late = [r.sent_s - r.intended_s for t in data.trials for r in t.records]
+    assert max(late) < 0.25
+
+
+def test_stopping_keeps_what_was_measured_and_resuming_does_the_rest(tmp_path: Path) -> None:
+    with FakeVllm(step_s=lambda _: 0.01) as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        with pytest.raises(StoppedError, match="everything measured is kept"):
+            measure(folder, tmp_path, stop=lambda: len(baseline.bodies) > 8)
+        before = {r for t in read_study(folder.path).trials for r in t.records}
+        finished = {r for r in before if r.outcome is Outcome.OK}
+        assert finished
+        assert not all(folder.is_complete(t) for t in folder.design.trials)
+        data, _ = measure(StudyFolder.open(folder.path), tmp_path)
+    after = {r for t in data.trials for r in t.records}
+    assert finished <= after
+    assert all(t.complete and len(t.records) == 12 for t in data.trials)
+    assert {r.outcome for r in after} == {Outcome.OK}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "specwise.cli.main", *arguments]
+
+
+def start_measuring(tmp_path: Path, path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command("measure", str(path), "--out", str(tmp_path / "study")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    requests = tmp_path / "study" / "trials"
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if len(list(requests.glob("*/requests.jsonl"))) >= 2:
+            return process
+        time.sleep(0.02)
+    raise AssertionError(process.communicate(timeout=5))
+
+
+def test_kill_9_loses_at_most_the_requests_in_flight(tmp_path: Path) -> None:
+    with FakeVllm(step_s=lambda _: 0.01) as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT)
+        process = start_measuring(tmp_path, path)
+        process.kill()
+        process.communicate()
+        answered = len(baseline.bodies) + len(draft.bodies)
+        before = read_study(tmp_path / "study")
+        kept = {r for t in before.trials for r in t.records}
+        warmups = 2 * len(before.design.trials)
+        assert len(kept) >= answered - warmups - 2 * 2, "concurrency 2, two trials begun"
+        done = subprocess.run(
+            command("measure", "--resume", str(tmp_path / "study"), "--json"),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    result = json.loads(done.stdout)
+    assert result["complete"]
+    assert result["failed_requests"] == 0
+    after = read_study(tmp_path / "study")
+    assert kept <= {r for t in after.trials for r in t.records}
+    assert all(len(t.records) == 12 for t in after.trials)
+
+
+def test_ctrl_c_is_exit_code_3_and_says_how_to_go_on(tmp_path: Path) -> None:
+    with FakeVllm(step_s=lambda _: 0.01) as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        process = start_measuring(tmp_path, write_study(tmp_path, baseline.url, draft.url, SHORT))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 3
+    assert f"specwise measure --resume {tmp_path / 'study'}" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Path) -> None:
+    with FakeVllm(step_s=lambda _: 0.001) as baseline:
+        draft = FakeVllm(step_s=lambda _: 0.004, conditional=(0.5, 0.5)).__enter__()
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT.replace("12", "40"))
+
+        def restart() -> None:
+            while len(draft.bodies) < 12:
+                time.sleep(0.01)
+            draft.__exit__()
+            time.sleep(0.5)
+            draft.__enter__()
+
+        away = threading.Thread(target=restart)
+        away.start()
+        data, notes = measure(new_folder(path), tmp_path)
+        away.join()
+        draft.__exit__()
+    assert any("the server went away" in note for note in notes)
+    assert all(t.complete and len(t.records) == 40 for t in data.trials)
+    failed = [r for t in data.trials for r in t.records if r.outcome is not Outcome.OK]
+    assert len(failed) <= 2, "the requests in flight at concurrency 2, and only these"
+    assert max(r.part for t in data.trials for r in t.records) == 1
+
+
+def test_a_server_that_stays_away_ends_the_sitting_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specwise.measurement.fleet.RETURN_PATIENCE_S", 0.2)
+    with FakeVllm(step_s=lambda _: 0.005) as baseline:
+        draft = FakeVllm(conditional=(0.5, 0.5)).__enter__()
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+
+        def end() -> None:
+            while len(draft.bodies) < 6:
+                time.sleep(0.01)
+            draft.__exit__()
+
+        ended = threading.Thread(target=end)
+        ended.start()
+        with pytest.raises(ServerError) as caught:
+            measure(folder, tmp_path)
+        ended.join()
+    assert caught.value.exit_code == 3
+    assert any(t.complete for t in read_study(folder.path).trials)
+
+
+def test_errors_429_and_500_are_recorded_not_retried(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5), fail_status=429) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        data, _ = measure(folder, tmp_path)
+        sent = len(draft.bodies)
+    refused = [r for t in data.trials if t.trial.arm == "draft" for r in t.records]
+    assert {(r.outcome, r.status) for r in refused} == {(Outcome.HTTP_ERROR, 429)}
+    warmups = 1 + 1 + 2
+    assert sent == len(refused) + warmups
+
+
+@pytest.mark.parametrize(
+    ("servers", "error", "message"),
+    [
+        ({"draft": {"conditional": ()}}, InputError, "should speculate"),
+        ({"baseline": {"conditional": (0.5,)}}, InputError, "the baseline, but"),
+        ({"draft": {"fail_status": 400}}, ServerError, "refuses every warm-up request: HTTP 400"),
+        ({"draft": {"api_key": "sesame"}}, ServerError, "401"),
+    ],
+)
+def test_a_server_that_does_not_fit_the_design(
+    tmp_path: Path,
+    servers: dict[str, dict[str, object]],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with (
+        FakeVllm(**servers.get("baseline", {})) as baseline,  # type: ignore[arg-type]
+        FakeVllm(**{"conditional": (0.5, 0.5), **servers.get("draft", {})}) as draft,  # type: ignore[arg-type]
+    ):
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        with pytest.raises(error, match=message):
+            measure(folder, tmp_path)
+
+
+def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+    with FakeVllm() as baseline:
+        folder = new_folder(write_study(tmp_path, baseline.url, "http://127.0.0.1:9", SHORT))
+        with pytest.raises(ServerError, match=r"127\.0\.0\.1:9"):
+            measure(folder, tmp_path)
+
+
+def test_an_api_key_opens_the_server_and_is_stored_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_KEY", "open-sesame-4711")
+    with (
+        FakeVllm() as baseline,
+        FakeVllm(conditional=(0.5, 0.5), api_key="open-sesame-4711") as draft,
+    ):
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT)
+        path.write_text(
+            path.read_text().replace(f'"{draft.url}"', f'"{draft.url}"\napi_key_env = "FAKE_KEY"')
+        )
+        folder = new_folder(path)
+        measure(folder, tmp_path)
+    for file in folder.path.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert b"open-sesame-4711" not in content, file
+            assert b"words" not in content, f"prompt text in {file}"
+    monkeypatch.delenv("FAKE_KEY")
+    with pytest.raises(InputError, match="FAKE_KEY, which is not set"):
+        measure(StudyFolder.open(folder.path), tmp_path)
+
+
+def test_prompts_that_changed_between_sittings_are_refused(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        with pytest.raises(StoppedError):
+            measure(folder, tmp_path, stop=lambda: True)
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "other"}\n{"prompt": "more"}\n')
+        with pytest.raises(StoreError, match="prompts of segment one, two changed"):
+            measure(StudyFolder.open(folder.path), tmp_path)
+
+
+def test_a_server_of_another_version_cannot_continue_a_study(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        with pytest.raises(StoppedError):
+            measure(folder, tmp_path, stop=lambda: True)
+        draft.version = "0.33.0"
+        with pytest.raises(
+            InputError, match=r"measured on vLLM 0\.32\.0 so far and now runs 0\.33"
+        ):
+            measure(StudyFolder.open(folder.path), tmp_path)
+
+
+def test_the_gauges_are_sampled(tmp_path: Path) -> None:
+    load = "concurrency = [2]\nrequests = 6\nrepeats = 1\nnoise_floor = false"
+    with FakeVllm(step_s=lambda _: 0.04) as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        path = write_study(tmp_path, baseline.url, draft.url, load)
+        data, _ = measure(new_folder(path), tmp_path)
+    samples = [g for t in data.trials for part in t.parts for g in part.gauges]
+    assert any(sample.running == 2 for sample in samples)
+    assert all(sample.waiting is None for sample in samples), "absent is not zero"
