@@ -13,6 +13,7 @@ from specwise.analysis.comparison import Direction, Effect, tail_probability
 from specwise.decision.findings import (
     Findings,
     Place,
+    counted,
     deciding_metrics,
     describe,
     limited_trials,
@@ -79,13 +80,15 @@ def _of_the_measurement(
 ) -> Iterator[Condition]:
     design = findings.design
     production = design.production_load
-    limits = limited_trials(measured)
     at_production = {t.trial_id for t in design.trials if t.load == production}
+    limits = tuple(
+        sorted(limited_trials(measured), key=lambda found: (found[0] not in at_production, found))
+    )
     touched = any(name in at_production for name, _ in limits)
     yield Condition(
         id="client",
         question="Did the load generator keep up, so that the times are the server's?",
-        value=f"{listed([f'{name}: {why}' for name, why in limits])}" if limits else "no limit met",
+        value=_limited(limits),
         threshold="lag at most 5 % of the median TTFT (or 5 ms), at most 85 % of a core",
         source="specwise: the client's own lag, lateness and processor share",
         status="fail" if touched else "unknown" if limits else "pass",
@@ -103,8 +106,9 @@ def _of_the_measurement(
     yield Condition(
         id="repeats",
         question="Is it known how much one trial differs from the next?",
-        value=f"{max((e.repeats for e in whole), default=0)} repeats, "
-        f"{sum(1 for f in findings.noise_floors if f.metric == 'speedup')} A/A trials",
+        value=counted(max((e.repeats for e in whole), default=0), "repeat")
+        + ", "
+        + counted(sum(f.metric == "speedup" for f in findings.noise_floors), "A/A trial"),
         threshold="2 repeats, or an A/A trial",
         source="specwise: without it an interval only holds the requests' own noise",
         status="pass" if known else "fail",
@@ -156,6 +160,14 @@ def _of_the_measurement(
         evidence=_ids(whole),
         kind="measured",
     )
+
+
+def _limited(limits: tuple[tuple[str, str], ...]) -> str:
+    if not limits:
+        return "no limit met"
+    name, why = limits[0]
+    more = f", and {len(limits) - 1} more trials" if len(limits) > 1 else ""
+    return f"{name}: {why}{more}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -89,6 +89,11 @@ class Findings:
                 places.append(Place(workload.name, None))
         return tuple(p for p in places if (p.workload, p.segment) in at_load)
 
+    def production_parts(self) -> tuple[Place, ...]:
+        """Those of `parts` that production's workload is made of, in the mix or alone."""
+        shares = self.design.workload(self.design.production_workload).shares
+        return tuple(p for p in self.parts() if self.segment_name(p) in [n for n, _ in shares])
+
     def segment_name(self, place: Place) -> str:
         """The segment that ``place`` is about."""
         if place.segment is not None:
@@ -224,6 +229,11 @@ def metric_name(metric: str) -> str:
         return known.get(metric, metric)
     name, kind = metric.split("_", 1)
     return f"{name.upper()} {kind if kind == 'mean' else kind.upper()}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 repeat``, ``2 repeats``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listed(items: Sequence[str]) -> str:

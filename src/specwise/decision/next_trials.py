@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from specwise.analysis.comparison import Effect, t_quantile
 from specwise.decision.findings import Findings, Place, describe, metric_name
-from specwise.decision.schedule import IDLE_PRICE, ScheduleProposal
+from specwise.decision.schedule import ScheduleProposal
 from specwise.domain import LoadPoint, Loop
 
 MOST_REPEATS = 40
@@ -116,7 +116,7 @@ def confirm_schedule(findings: Findings, proposal: ScheduleProposal) -> NextTria
     lines.append(f"schedule = {json.dumps([list(row) for row in proposal.rows])}")
     return NextTrial(
         f"Measure {arm.name} with the schedule {_rows(proposal)} at every load point.",
-        f"The schedule is put together from trials of fixed k; nobody ran it. {IDLE_PRICE}",
+        "The schedule is put together from trials of fixed k; nobody has run it yet.",
         "\n".join(lines) + "\n",
     )
 

@@ -80,9 +80,12 @@ def propose(findings: Findings, arm: str) -> ScheduleProposal | None:
 
 
 def losers(findings: Findings, arm: str, load: LoadPoint) -> tuple[Place, ...]:
-    """Segments, in a mix or alone, that ``arm`` serves significantly worse at ``load``."""
+    """Segments of the production workload that ``arm`` serves significantly worse at ``load``.
+
+    Measured in a mix or alone: either is enough.
+    """
     found = []
-    for place in findings.parts():
+    for place in findings.production_parts():
         judged = findings.judge(arm, place, load)
         if judged is not None and judged.direction == "worse":
             found.append(place)
@@ -126,17 +129,15 @@ def _batch_size(findings: Findings, arm: str, load: LoadPoint) -> int:
 
 
 def _boundary(findings: Findings, arm: str, batch: int, next_batch: int) -> int:
-    """The last batch size of a row between two measured ones."""
+    """The last batch size of a row: the earliest crossover of what stops winning next, else
+    ``batch`` itself, the largest that was measured to win."""
     if findings.design.production_load.loop is not Loop.CLOSED:
         return batch
-    places = [findings.production, *findings.parts()]
+    places = [findings.production, *findings.production_parts()]
     crossings = [findings.crossover(arm, place) for place in places]
-    inside = [
-        c.load_value
-        for c in crossings
-        if c is not None and c.load_value is not None and batch <= c.load_value < next_batch
-    ]
-    return math.floor(min(inside)) if inside else batch
+    known = [c.load_value for c in crossings if c is not None and c.load_value is not None]
+    earliest = math.floor(min(known, default=batch))
+    return earliest if batch <= earliest < next_batch else batch
 
 
 def _reason(steps: list[tuple[int, int, LoadPoint]]) -> str:

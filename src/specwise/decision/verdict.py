@@ -1,8 +1,9 @@
 """The decision: on, on with a schedule, off, or measure more, and why.
 
 docs/concepts/verdict.md draws the table that `_decide_arm` follows. Two rules stand above it: an
-interval that holds 1 decides nothing, and a segment that loses at the production load rules a
-plain "on" out, however good the average is.
+interval that holds 1 decides nothing, and a segment of the production workload that loses at the
+production load rules a plain "on" out, however good the average is. A losing segment that was
+measured but is not production's is named in the headline.
 """
 
 from __future__ import annotations
@@ -15,16 +16,9 @@ from enum import StrEnum
 from specwise.analysis.comparison import Effect
 from specwise.decision import next_trials
 from specwise.decision.conditions import Condition
-from specwise.decision.findings import (
-    Findings,
-    Judgement,
-    Place,
-    describe,
-    listed,
-)
+from specwise.decision.findings import Findings, Judgement, Place, counted, describe, listed
 from specwise.decision.next_trials import NextTrial
 from specwise.decision.schedule import (
-    IDLE_PRICE,
     ScheduleProposal,
     losers,
     propose,
@@ -151,22 +145,21 @@ def decide(findings: Findings, conditions: Sequence[Condition]) -> Verdict:
 
 def _refuse(findings: Findings, best: _Case, failed: dict[str, Condition]) -> _Case:
     """Measure-more, because the measurement itself does not carry a decision."""
-    trials: list[NextTrial] = []
     if best.judged is None:
-        trials.append(next_trials.measure_production(findings, best.arm))
+        return best
+    trials: list[NextTrial] = []
     if "client" in failed:
         trials.append(next_trials.calm_client(findings, failed["client"].value))
-    if best.judged is not None and "repeats" in failed:
+    if "repeats" in failed:
         trials.append(next_trials.learn_noise(findings))
-    if best.judged is not None and "pairs" in failed:
+    if "pairs" in failed:
         trials.append(next_trials.more_requests(findings, best.judged.effect.pairs))
-    seen = f" What was seen so far: {best.headline}" if best.judged is not None else ""
     reasons = [f"{c.question} No: {c.value} (asked for: {c.threshold})." for c in failed.values()]
     return _Case(
         best.arm,
         Decision.MEASURE_MORE,
         f"Not decided: {listed([_FAILING[name] for name in failed if name in _FAILING])}.",
-        (*reasons, *([seen.strip()] if seen else [])),
+        (*reasons, f"What was seen so far: {best.headline}"),
         best.judged,
         None,
         tuple(trials),
@@ -185,7 +178,7 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
     design = findings.design
     load, whole = design.production_load, findings.production
     arms = len(findings.candidates)
-    parts = findings.parts()
+    parts = findings.production_parts()
     judged = findings.judge(arm, whole, load, confidence=1 - 0.05 / arms)
     if judged is None:
         return _Case(
@@ -242,12 +235,21 @@ def _win(findings: Findings, arm: str, judged: Judgement, doubtful: Sequence[Pla
     load, whole = findings.design.production_load, findings.production
     won = f"{arm} serves {whole.label} at {load.label} {_better(judged.effect)}"
     if not doubtful:
+        outside = [
+            p
+            for p in findings.parts()
+            if p not in findings.production_parts()
+            and (j := findings.judge(arm, p, load)) is not None
+            and j.direction == "worse"
+        ]
+        but = f" Keep {listed([p.label for p in outside])} away from it: it loses there."
         return _Case(
             arm,
             Decision.ON,
-            f"Turn speculation on: {won}.",
+            f"Turn speculation on: {won}.{but if outside else ''}",
             (
-                f"{_sentence(judged.effect)} No segment measured at {load.label} loses.",
+                f"{_sentence(judged.effect)} No segment of {whole.label} loses at {load.label}.",
+                *(_sentence(_deciding(findings, arm, p, load)) for p in outside),
                 *_crossover_reason(findings, arm),
             ),
             judged,
@@ -318,7 +320,6 @@ def _loss(
                 *reasons,
                 f"The schedule keeps what is won at {won} and is idle at {load.label}: worth it "
                 "only if the load is often that low. A schedule cannot tell segments apart.",
-                IDLE_PRICE,
             ),
             judged,
             proposal,
@@ -443,7 +444,7 @@ def _sentence(effect: Effect) -> str:
     return (
         f"{effect.arm} on {where} at {effect.load.label}: {describe(effect)}, "
         f"{side[effect.direction]}, over {effect.pairs} pairs of requests and "
-        f"{effect.repeats} repeats."
+        f"{counted(effect.repeats, 'repeat')}."
     )
 
 
