@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from specwise.analysis.acceptance import AcceptanceSummary, RequestSpread
@@ -262,6 +263,7 @@ def _cells() -> list[tuple[Workload, str | None, LoadPoint]]:
     return cells
 
 
+@cache
 def assessment(*, predicted: bool = False) -> Assessment:
     data = study(predicted=predicted)
     summaries: list[ServingSummary] = []
@@ -439,6 +441,7 @@ def measure_more(base: Assessment) -> Assessment:
     )  # fmt: skip
 
 
+@cache
 def crowded() -> Assessment:
     """Hard to lay out: a prediction, five candidates with long names, rates per second, gaps."""
     base = assessment(predicted=True)

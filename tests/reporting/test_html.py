@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.analysis.synthetic import demo_study
 from tests.reporting import samples
 from tests.reporting.browser import Browser, chromium
 
-from specwise.decision.assessment import Assessment
+from specwise.decision.assessment import Assessment, assess
 from specwise.errors import StoreError
 from specwise.reporting.html import render_report, write_report
 
 PAGES: dict[str, Callable[[], Assessment]] = {
     "off": samples.assessment,
     "crowded": samples.crowded,
+    "assessed": lambda: assess(demo_study()),
     "nothing": lambda: samples.measure_more(samples.assessment()),
 }
 
@@ -121,8 +123,8 @@ def test_page_never_scrolls_sideways(
     assert outside == []
 
 
-@pytest.mark.parametrize("name", ["off", "crowded"])
-@pytest.mark.parametrize("width", [1280, 800, 400])
+@pytest.mark.parametrize("name", ["off", "crowded", "assessed"])
+@pytest.mark.parametrize("width", [1280, 840, 400])
 def test_chart_text_is_whole_apart_and_large_enough(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
@@ -183,6 +185,22 @@ return seen
 """
 
 
+def test_conditions_of_the_verdict_stand_open_failing_first(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["assessed"])
+    shown = browser.run(
+        """return [...document.querySelectorAll('#conditions table.conditions')][0]
+             .innerText.split('\\n').filter(line => /^[✗?✓] /.test(line)).map(line => line[0])"""
+    )
+    assert len(shown) > 15
+    assert shown == sorted(shown, key="✗?✓".index)
+    folded = browser.run(
+        "return [...document.querySelectorAll('#conditions summary')].map(s => s.innerText)"
+    )
+    assert "draft_model › prose: 3 not met" in " ".join(folded)
+
+
 def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Path]) -> None:
     seen = {}
     for scheme in ("light", "dark"):
@@ -238,12 +256,13 @@ def test_raw_records_are_one_click_away(browser: Browser, pages: dict[str, Path]
 
 
 def test_links_follow_the_report_elsewhere_and_vanish_with_the_records(tmp_path: Path) -> None:
-    assessment = in_folder(samples.assessment(), tmp_path / "study #1")
+    assessment = in_folder(samples.measure_more(samples.assessment()), tmp_path / "study #1")
     (tmp_path / "out").mkdir()
     write_report(assessment, tmp_path / "out" / "page.html")
     page = (tmp_path / "out" / "page.html").read_text()
     assert 'href="../study%20%231/trials/0001-baseline-json-c1-r1/requests.jsonl"' in page
-    assert "requests.jsonl" not in render_report(samples.assessment(), tmp_path)
+    without = samples.measure_more(samples.assessment())
+    assert "requests.jsonl" not in render_report(without, tmp_path)
 
 
 def test_a_prediction_says_so_everywhere(browser: Browser, pages: dict[str, Path]) -> None:

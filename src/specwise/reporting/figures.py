@@ -32,7 +32,11 @@ from specwise.reporting.wording import (
     ratio,
 )
 
-_RATIO_TICKS: Final = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+_RATIO_TICKS: Final = (  # from fine to coarse
+    (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2),
+    (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
+    (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+)
 _TAIL_SHARES: Final = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -191,10 +195,19 @@ def _spread(loads: Sequence[float], place: int, count: int) -> float:
 def _ratio_axis(axis: Axes, limits: tuple[float, float]) -> None:
     axis.set_yscale("log")
     axis.set_ylim(*limits)
-    ticks = [t for t in _RATIO_TICKS if limits[0] <= t <= limits[1]]
+    ticks = _ratio_ticks(*limits)
     axis.yaxis.set_major_locator(FixedLocator(ticks))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_yticklabels([f"{t:g}x" for t in ticks])
+
+
+def _ratio_ticks(low: float, high: float) -> list[float]:
+    """Round ratios between ``low`` and ``high``: the finest steps that leave at most seven."""
+    for steps in _RATIO_TICKS:
+        ticks = [t for t in steps if low <= t <= high]
+        if len(ticks) <= 7 and steps[0] <= low * 1.5 and steps[-1] >= high / 1.5:
+            break
+    return ticks
 
 
 def _load_axis(axis: Axes, loads: Sequence[float], loop: Loop) -> None:
@@ -522,7 +535,7 @@ def aggregate_chart(
     def marks(axis: Axes, y_of: Callable[[int, str], float]) -> None:
         axis.set_xscale("log")
         axis.set_xlim(low, high)
-        ticks = [t for t in _RATIO_TICKS if low <= t <= high]
+        ticks = _ratio_ticks(low, high)
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels([f"{t:g}x" for t in ticks])

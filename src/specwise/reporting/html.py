@@ -241,8 +241,9 @@ def _crossover_words(crossing: Crossover) -> str:
             "always worse": f"slower at every load measured ({loads})",
         }.get(crossing.outcome, f"undecided over the loads measured ({loads})")
     else:
-        low = f"{crossing.low:.3g}" if crossing.low is not None else "below the loads measured"
-        high = f"{crossing.high:.3g}" if crossing.high is not None else "above them"
+        first, last = crossing.loads[0], crossing.loads[-1]
+        low = f"below {first:g}" if crossing.low is None else f"{crossing.low:.3g}"
+        high = f"above {last:g}" if crossing.high is None else f"{crossing.high:.3g}"
         stops = "stops paying" if crossing.outcome == "crosses" else "may stop paying"
         unit = wording.load_axis(crossing.loop)
         found = f"{stops} at about {crossing.load_value:.3g} {unit} [{low}, {high}]"
