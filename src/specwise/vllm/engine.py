@@ -254,7 +254,8 @@ def _pip_install(
     """Run one `pip install`; returns ``done`` plus the number of packages it handled."""
     total = len(_pins())
     command = [*_pip(folder), "install", *_PIP_OPTIONS, *pip_arguments, *requirements]
-    log.write(f"$ {shlex.join(command)}\n")
+    # Not the arguments themselves: an index address may hold a password.
+    log.write(f"pip install of {len(requirements)} package(s)\n")
     errors: list[str] = []
     process = subprocess.Popen(
         command,
@@ -269,13 +270,14 @@ def _pip_install(
         for line in process.stdout or ():
             log.write(line)
             words = line.split()
-            if line.startswith("Collecting ") and len(words) > 1:
+            # "Processing" is what pip calls a package that it found as a local file.
+            if line.startswith(("Collecting ", "Processing ")) and len(words) > 1:
                 done += 1
-                progress(f"fetching {words[1]}", done, total)
+                progress(f"fetching {Path(words[1]).name}", done, total)
             elif line.startswith("Requirement already satisfied"):
                 done += 1
             elif line.startswith("Installing collected packages"):
-                progress(f"unpacking {len(requirements)} packages", done, total)
+                progress(f"unpacking {line.count(',') + 1} packages", done, total)
             elif line.startswith("ERROR:"):
                 errors.append(line.removeprefix("ERROR:").strip())
         code = process.wait()
