@@ -211,7 +211,7 @@ def test_ctrl_c_is_exit_code_3_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Path) -> None:
     with FakeVllm(step_s=lambda _: 0.001) as baseline:
-        draft = FakeVllm(step_s=lambda _: 0.004, conditional=(0.5, 0.5)).__enter__()
+        draft = FakeVllm(step_s=lambda _: 0.01, conditional=(0.5, 0.5)).__enter__()
         path = write_study(tmp_path, baseline.url, draft.url, SHORT.replace("12", "40"))
 
         def restart() -> None:
@@ -226,7 +226,9 @@ def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Pa
         data, notes = measure(new_folder(path), tmp_path)
         away.join()
         draft.__exit__()
-    assert any("the server went away" in note for note in notes)
+    parted = [t.trial.trial_id for t in data.trials if len(t.parts) > 1]
+    outcomes = {r.outcome: r.error for t in data.trials for r in t.records}
+    assert any("the server went away" in note for note in notes), (parted, outcomes)
     assert all(t.complete and len(t.records) == 40 for t in data.trials)
     failed = [r for t in data.trials for r in t.records if r.outcome is not Outcome.OK]
     assert len(failed) <= 2, "the requests in flight at concurrency 2, and only these"
