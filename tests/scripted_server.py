@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import ssl
 import subprocess
 import sys
@@ -224,6 +225,10 @@ class _Answer:
         if not script.keep_alive:
             headers.append("Connection: close")
         version = "1.0" if script.framing == "close" else "1.1"
+        if script.close_after:
+            # The end of the answer and the end of the connection leave in one segment.
+            sock = self.writer.get_extra_info("socket")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         head = "\r\n".join([f"HTTP/{version} 200 OK", *headers, "", ""])
         await self._write(head.encode())
         start_s = self.served.received_s + script.first_s
@@ -262,6 +267,8 @@ class _Answer:
             await self._write(data)
         if script.framing == "chunked":
             await self._write(b"0\r\n\r\n")
+        if script.close_after:
+            self.writer.write_eof()
         return script.keep_alive and script.framing != "close" and not script.close_after
 
     async def _write(self, data: bytes) -> None:
@@ -360,9 +367,11 @@ class ScriptedServer:
         self._ready.set()
         await self._stop.wait()
         server.close()
-        for task in tuple(tasks):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for _ in range(3):  # connections that were just being accepted come up only now
+            for task in tuple(tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.002)
 
 
 @dataclass

@@ -212,10 +212,14 @@ class Connection(asyncio.Protocol):
             exchange.complete = True
             self._end()
             return
-        nothing_came = exchange.status is None
-        if nothing_came and self._acked_before >= 0:
+        if exchange.status is not None:
+            where = "before the answer was complete"
+        elif self._acked_before < 0:
+            where = "before any answer"
+        else:
+            # Closed while idle, with our bytes still under way: they were never taken in.
             exchange.unreached = self._acknowledged_bytes() == self._acked_before
-        where = "before any answer" if nothing_came else "before the answer was complete"
+            where = "before any answer, on a connection kept alive from the request before"
         self._fail(Outcome.CUT, f"the server closed the connection {where}")
 
     # --- httptools -------------------------------------------------------------------------

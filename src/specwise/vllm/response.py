@@ -137,13 +137,14 @@ def _delta(choice: dict[str, Any], usage: dict[str, Any] | None) -> Delta:
     output_tokens = usage.get("completion_tokens")
     if type(output_tokens) is not int:
         output_tokens = _count(output_tokens)
-    return Delta(
-        text, choice.get("finish_reason"), output_tokens, usage.get("prompt_tokens"), opens
-    )
+    prompt_tokens = usage.get("prompt_tokens")
+    if type(prompt_tokens) is not int:
+        prompt_tokens = _count(prompt_tokens)
+    return Delta(text, choice.get("finish_reason"), output_tokens, prompt_tokens, opens)
 
 
 def _uncommon_text(delta: dict[str, Any]) -> str:
-    """Reasoning (``reasoning_content`` before vLLM 0.12) and the arguments of tool calls."""
+    """Reasoning, under its new or its old name, and the arguments of tool calls."""
     text = delta.get("reasoning") or delta.get("reasoning_content") or ""
     for call in delta.get("tool_calls") or ():
         text += (call.get("function") or {}).get("arguments") or ""
@@ -230,19 +231,14 @@ class StreamReader:
 
     def feed(self, at_s: float, data: bytes) -> None:
         """Take the bytes that arrived at ``at_s``."""
-        if (
-            data[:7] == b"data: {"
-            and self._started
-            and not self._rest
-            and data.find(b"\n") == len(data) - 2
-            and data[-1] == 10
-            and b"\r" not in data
-        ):
+        if data[:7] == b"data: {" and data.find(b"\n") == len(data) - 2 and self._between_events():
             # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
-            self._skip_line_feed = False
             self._take(at_s, parse_event(data[6:]))
-            return
-        self._feed_any(at_s, data)
+        else:
+            self._feed_any(at_s, data)
+
+    def _between_events(self) -> bool:
+        return not self._rest and self._started and not self._skip_line_feed
 
     def _feed_any(self, at_s: float, data: bytes) -> None:
         if self._skip_line_feed and data:
