@@ -325,25 +325,31 @@ def _chart(plan: ServingPlan, path: Path) -> None:
     ]
     if plan.draft is not None:
         results = [*results, ("with draft", plans.plan_memory(plan))]
-    figure = Figure(figsize=(8, 1.4 + 0.7 * len(results)), layout="constrained")
+    figure = Figure(figsize=(8, 1.7 + 0.7 * len(results)), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"target weights": "#4477aa", "draft weights": "#ee6677", "KV cache": "#228833"}
-    greys = ["#888888", "#999999", "#aaaaaa", "#bbbbbb"]
+    colours = {
+        "target weights": "#4477aa",
+        "draft weights": "#ee6677",
+        "context and NCCL": "#777777",
+        "activation peak": "#999999",
+        "CUDA graphs": "#bbbbbb",
+        "verify logits": "#ccbb44",
+        "KV cache": "#228833",
+    }
     seen: set[str] = set()
     for row, (_, result) in enumerate(results):
         left = 0.0
         parts = [(t.name, t.bytes.likely) for t in result.terms]
         parts.append(("KV cache", max(0.0, result.pool.likely)))
-        for index, (name, size) in enumerate(parts):
-            colour = colours.get(name, greys[index % len(greys)])
+        for name, size in parts:
             label = None if name in seen else name
-            axes.barh(row, size / GIB, left=left / GIB, color=colour, label=label)
+            axes.barh(row, size / GIB, left=left / GIB, color=colours[name], label=label)
             seen.add(name)
             left += size
     axes.axvline(plan.gpu.memory_bytes / GIB, color="black", linewidth=1)
     axes.set_yticks(range(len(results)), [name for name, _ in results])
     axes.set_xlabel(f"GiB on one {plan.gpu.name} (line: its memory)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     try:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
