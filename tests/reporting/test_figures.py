@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from tests.reporting import samples
 
 from specwise.domain import Arm, Speculation
@@ -17,6 +18,7 @@ from specwise.reporting.figures import (
     LatencySample,
     _decades,
     _ratio_ticks,
+    _tail_curve,
     arm_styles,
     latency_chart,
     speedup_chart,
@@ -123,3 +125,23 @@ def test_a_fitted_name_fits_and_keeps_both_ends(name: str, width: int) -> None:
     assert len(shown) * 7.9 <= width or shown == name
     assert shown[0] == name[0]
     assert shown[-1] == name[-1]
+
+
+def test_failed_requests_end_a_curve_below_the_top() -> None:
+    style = arm_styles(samples.ARMS)["ngram"]
+    axis = Figure().add_subplot()
+    _tail_curve(axis, LatencySample("ngram", np.linspace(0.1, 0.2, 50), failed=50), style)
+    curve, marks = axis.get_lines()
+    shares = 1 - 10 ** -np.asarray(curve.get_ydata())
+    assert 0.48 < shares.max() < 0.5
+    assert np.asarray(curve.get_xdata()).max() <= 200
+    assert len(np.asarray(marks.get_ydata())) == 0  # half failed: there is no P50
+
+
+def test_marks_are_the_percentiles_of_the_tables() -> None:
+    values = np.random.default_rng(3).lognormal(-3, 0.5, 64)
+    style = arm_styles(samples.ARMS)["ngram"]
+    axis = Figure().add_subplot()
+    _tail_curve(axis, LatencySample("ngram", values, failed=0), style)
+    expected = np.quantile(values, [0.5, 0.95, 0.99]) * 1000
+    assert np.asarray(axis.get_lines()[1].get_xdata()) == pytest.approx(expected)

@@ -37,6 +37,7 @@ _RATIO_TICKS: Final = (  # from fine to coarse
     (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
     (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
+_CURVE_POINTS: Final = 160
 _TAIL_SHARES: Final = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -299,35 +300,37 @@ def _tail_axis(axis: Axes, requests: int) -> None:
 
 
 def _tail_curve(axis: Axes, sample: LatencySample, style: ArmStyle) -> None:
-    values = np.sort(sample.values_s) * 1000
-    count = len(values) + sample.failed
-    # the share below each value; the k-th of n stands at (k - 1/2)/n, so that the last is not 100 %
-    shares = (np.arange(1, len(values) + 1) - 0.5) / count
-    keep = _thinned(shares)
+    """The quantiles of one arm over all its requests, the failed ones beyond the right edge.
+
+    Without failures the marks are the percentiles that the tables give.
+    """
+    answered = len(sample.values_s)
+    total = answered + sample.failed
+    top = (answered - 0.5) / total
+    marks = np.array([share for share in (0.5, 0.95, 0.99) if share <= top])
+    even = 1 - 10 ** -np.linspace(0, float(_tail(top)), _CURVE_POINTS)
+    shares = np.unique(np.concatenate([even, marks]))
+
+    def value_ms(share: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.quantile(sample.values_s, np.minimum(share * total / answered, 1)) * 1000
+
     axis.plot(
-        values[keep],
-        _tail(shares[keep]),
+        value_ms(shares),
+        _tail(shares),
         color=style.colour,
         linestyle=style.dashes,
         linewidth=2.6 if style.index == 0 else 2,
         zorder=2 if style.index == 0 else 3,
     )
-    marks = [share for share in (0.5, 0.95, 0.99) if shares[0] <= share <= shares[-1]]
     axis.plot(
-        np.interp(marks, shares, values),
-        _tail(np.array(marks)),
+        value_ms(marks),
+        _tail(marks),
         marker=style.marker,
         markersize=6,
         color=style.colour,
         linestyle="none",
         zorder=4,
     )
-
-
-def _thinned(shares: NDArray[np.float64], points: int = 240) -> NDArray[np.intp]:
-    """Indices that keep the curve's shape with at most about ``points`` points."""
-    wanted = np.linspace(0, float(_tail(shares[-1])), points)
-    return np.unique(np.searchsorted(_tail(shares), wanted).clip(0, len(shares) - 1))
 
 
 def _time_axis(axis: Axes, values_s: NDArray[np.float64], limit_s: float | None) -> None:

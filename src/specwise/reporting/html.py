@@ -360,12 +360,14 @@ def _latency_charts(assessment: Assessment, styles: Mapping[str, ArmStyle]) -> l
             predicted=study.predicted,
         )
         if chart is not None:
-            own = tuple(
+            own = [
                 s
                 for s in assessment.summaries
                 if (s.workload, s.load, s.purpose) == (name, load, Purpose.MEASURE)
-            )
-            charts.append(Latency(name, load, chart, own))
+            ]
+            segments = list(dict.fromkeys([None, *(s.segment for s in own)]))
+            own.sort(key=lambda s: segments.index(s.segment))
+            charts.append(Latency(name, load, chart, tuple(own)))
     return charts
 
 
