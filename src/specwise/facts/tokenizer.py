@@ -80,7 +80,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     model = model if isinstance(model, dict) else {}
     vocabulary = _vocabulary(model.get("vocab"))
     added: dict[str, bool] = {}
-    for token in data.get("added_tokens") or ():
+    tokens = data.get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else ():
         if isinstance(token, dict) and isinstance(token.get("id"), int):
             content = str(token.get("content"))
             added[content] = bool(token.get("special"))
