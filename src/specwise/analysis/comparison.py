@@ -210,15 +210,15 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
     """Standard error of a log ratio over all its pairs, and its degrees of freedom.
 
     With R repeats, s2 the pooled variance of one trial pair, b2 the bootstrap variance over
-    requests and m2 what is left of s2 when the requests' own noise is taken off:
+    requests and m2 what is left of s2 when the requests' own noise is taken off, there are two
+    honest answers, and the one with the wider interval is given:
 
-    - repeats on prompts of their own: SE2 = max(s2 / R, b2 + m2 / R). s2 holds the request noise
-      already; the second term counts for a cell whose requests vary more than the pool's.
-    - repeats that share prompts: SE2 = b2 + s2 / R, because repeats cannot average away what the
-      choice of prompts leaves uncertain.
-    - nothing known about trials: SE2 = b2, a lower bound.
+    - s2 / R, with the pool's degrees of freedom. It holds the request noise of an average cell.
+    - b2 + m2 / R, which counts for a cell whose requests vary more than the pool's. Where repeats
+      share prompts it is b2 + s2 / R, because repeats cannot average away what the choice of
+      prompts leaves uncertain. Degrees of freedom: Satterthwaite (Biometrics Bulletin 2, 1946).
 
-    Degrees of freedom of a sum: Satterthwaite (Biometrics Bulletin 2, 1946).
+    Where nothing is known about trials it is b2, a lower bound. NaN where b2 is.
     """
     clusters = int(pairs.cluster.max()) + 1
     if not math.isfinite(request_variance):
@@ -226,15 +226,12 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
     if not noise.dof:
         return math.sqrt(request_variance), max(clusters - 1, 1)
     of_trials = noise.pair_variance / pairs.repeats
-    if pairs.shares_prompts:
-        total = request_variance + of_trials
-    else:
-        total = max(of_trials, request_variance + noise.machine_variance / pairs.repeats)
-        if total == of_trials:
-            return math.sqrt(total), noise.dof
+    machine = noise.pair_variance if pairs.shares_prompts else noise.machine_variance
+    total = request_variance + machine / pairs.repeats
     uncertain = of_trials**2 / noise.dof + request_variance**2 / max(clusters - 1, 1)
-    dof = total**2 / uncertain if uncertain else float(clusters)
-    return math.sqrt(total), max(dof, noise.dof)
+    dof = max(total**2 / uncertain, noise.dof) if uncertain else float(clusters)
+    answers = ((math.sqrt(of_trials), noise.dof), (math.sqrt(total), dof))
+    return max(answers, key=lambda answer: t_quantile(answer[1], CONFIDENCE) * answer[0])
 
 
 def _effect(pairs: Pairs, metric: Metric, request_variance: float, noise: TrialNoise) -> Effect:

@@ -224,31 +224,41 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
     of requests alone leaves uncertain. NaN where fewer than two prompts give the metric.
     """
     drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]))
-    padded = {
-        name: np.concatenate([column, np.full((2, 1), np.nan)], axis=1)
-        for name, column in pairs.columns.items()
-    }
-    resampled_tokens = padded["output_tokens"][:, drawn]
+    times = _times_drawn(drawn, pairs.count)
     variances: dict[str, float] = {}
     for column in dict.fromkeys(metric.column for metric in metrics):
-        values = padded[column][:, drawn]
-        known = ~np.isnan(pairs.columns[column]).any(0)
+        values = pairs.columns[column]
+        known = ~np.isnan(values).any(0)
         enough = len(np.unique(pairs.cluster[known])) >= 2
         of_column = [m for m in metrics if m.column == column]
-        # Sorted once for all percentiles; sums do not mind the order of unweighted values.
-        ordered = np.sort(values, axis=-1) if any(m.kind in _QUANTILES for m in of_column) else None
-        counts = (~np.isnan(values)).sum(-1)
+        sums = np.where(known, values, 0.0) @ times.T
+        counts = times @ known
+        if any(m.kind in _QUANTILES for m in of_column):
+            padded = np.concatenate([values, np.full((2, 1), np.nan)], axis=1)
+            ordered = np.sort(padded[:, drawn], axis=-1)
         for metric in of_column:
-            if metric.kind in _QUANTILES and ordered is not None:
-                drawn_value = _sorted_quantile(ordered, counts, _QUANTILES[metric.kind])
+            if metric.kind in _QUANTILES:
+                whole = np.broadcast_to(counts.astype(np.int64), sums.shape)
+                statistics = _sorted_quantile(ordered, whole, _QUANTILES[metric.kind])
+            elif metric.kind == "per_token":
+                tokens = np.where(known, pairs.columns["output_tokens"], 0.0) @ times.T
+                statistics = sums / tokens
             else:
-                drawn_value = statistic(values, resampled_tokens, metric.kind)
-            logs = log_ratio(metric, drawn_value[0], drawn_value[1])
+                statistics = sums / np.maximum(counts, 1)
+            logs = log_ratio(metric, statistics[0], statistics[1])
             logs = logs[~np.isnan(logs)]
             variances[metric.name] = (
                 float(logs.var(ddof=1)) if enough and len(logs) > 1 else float("nan")
             )
     return variances
+
+
+def _times_drawn(drawn: NDArray[np.int64], count: int) -> Floats:
+    """How often each pair was drawn, draws x pairs: a sum over a draw is a matrix product."""
+    width = count + 1  # the padding, -1, lands in a last column of its own
+    flat = (np.arange(len(drawn))[:, None] * width + drawn % width).ravel()
+    counted = np.bincount(flat, minlength=len(drawn) * width).reshape(len(drawn), width)
+    return counted[:, :count].astype(np.float64)
 
 
 # ---------------------------------------------------------------------------------------------
