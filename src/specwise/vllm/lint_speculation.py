@@ -117,6 +117,54 @@ def _fields(work: Work) -> None:
             work.set_spec(**{name: None})
 
 
+_WORDS = (
+    "method", "model", "quantization", "rejection_sample_method", "draft_sample_method",
+    "revision", "code_revision", "kv_cache_dtype", "moe_backend", "attention_backend",
+    "acceptance_method",
+)  # fmt: skip
+_SWITCHES = (
+    "enforce_eager", "disable_padded_drafter_batch", "disable_eagle_block_drop",
+    "use_local_argmax_reduction", "use_heterogeneous_vocab", "parallel_drafting",
+    "enable_adaptive_verification",
+)  # fmt: skip
+_NUMBERS: dict[str, tuple[type, float, float]] = {  # kind, least, most
+    "draft_tensor_parallel_size": (int, 1, 2**20),
+    "max_model_len": (int, 1, 2**40),
+    "disable_by_batch_size": (int, 2, 2**40),
+    "dspark_draft_topk": (int, 1, 2**40),
+    "suffix_decoding_max_tree_depth": (int, 1, 2**40),
+    "suffix_decoding_max_cached_requests": (int, 0, 2**40),
+    "suffix_decoding_max_spec_factor": (float, 0, 1e9),
+    "suffix_decoding_min_token_prob": (float, 0, 1),
+    "posterior_threshold": (float, 0, 1e9),
+    "posterior_alpha": (float, 0, 1e9),
+}
+
+
+def _types(work: Work) -> None:
+    """Values of the wrong kind or outside what SpeculativeConfig's checks allow."""
+    for name, value in work.spec.items():
+        wanted = None
+        if value is None:
+            work.set_spec(**{name: None})
+        elif name in _WORDS and not isinstance(value, str):
+            wanted = "a word"
+        elif name in _SWITCHES and not isinstance(value, bool):
+            wanted = "true or false"
+        elif name in _NUMBERS:
+            kind, least, most = _NUMBERS[name]
+            number = isinstance(value, int if kind is int else int | float)
+            if not number or isinstance(value, bool) or not least <= value <= most:
+                wanted = f"{'a whole' if kind is int else 'a'} number from {least:g}"
+        if wanted is not None:
+            work.report(
+                "field-invalid",
+                f"{name!r} is {str(value)[:40]!r}.",
+                why=f"vLLM wants {wanted} and refuses others.",
+            )
+            work.set_spec(**{name: None})
+
+
 def _method(work: Work) -> None:
     """A method the version runs, with the checkpoint it needs."""
     config = work.spec
@@ -133,10 +181,6 @@ def _method(work: Work) -> None:
         )
         work.set_spec(method=guessed, **({"model": None} if guessed == "ngram" else {}))
         method = guessed
-    if not isinstance(method, str):
-        work.report("method-unknown", f"The method {method!r} is no word.", "Removed; name one.")
-        work.set_spec(method=None)
-        return
     if method == "[ngram]":
         method = "ngram"
         work.set_spec(method=method)
@@ -230,7 +274,7 @@ def _lookup(work: Work) -> None:
         ):
             work.report("lookup-invalid", f"{name} is {value!r}.")
             work.set_spec(**{name: None})
-            return
+            low, high = None, None
     if isinstance(low, int) and isinstance(high, int) and low > high:
         work.report("lookup-range", f"prompt_lookup_min {low} is above prompt_lookup_max {high}.")
         work.set_spec(prompt_lookup_min=high, prompt_lookup_max=low)
@@ -464,6 +508,7 @@ RULES: tuple[Callable[[Work], None], ...] = (
         (
             _disable_by_batch_size,
             _fields,
+            _types,
             _method,
             _draft_length,
             _lookup,
