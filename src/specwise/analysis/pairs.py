@@ -221,8 +221,11 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
     """Variance of each metric's log ratio over resampled prompts, pairs kept together.
 
     The paired cluster bootstrap (Davison & Hinkley 1997, sections 2.3 and 3.8): what the choice
-    of requests alone leaves uncertain. NaN where fewer than two prompts give the metric.
+    of requests alone leaves uncertain. Resampling n things gives (n - 1) / n of the variance of
+    their mean; that is put right. NaN where fewer than two prompts give the metric.
     """
+    clusters, strata = int(pairs.cluster.max()) + 1, int(pairs.stratum.max()) + 1
+    missing = clusters / (clusters - strata) if clusters > strata else 1.0
     drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]))
     times = _times_drawn(drawn, pairs.count)
     variances: dict[str, float] = {}
@@ -248,7 +251,7 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
             logs = log_ratio(metric, statistics[0], statistics[1])
             logs = logs[~np.isnan(logs)]
             variances[metric.name] = (
-                float(logs.var(ddof=1)) if enough and len(logs) > 1 else float("nan")
+                float(logs.var(ddof=1)) * missing if enough and len(logs) > 1 else float("nan")
             )
     return variances
 

@@ -146,4 +146,4 @@ def _reason(steps: list[tuple[int, int, LoadPoint]]) -> str:
     text = f"speculates where it was measured to win ({listed(wins)})"
     if idle:
         text += f" and idles where it, or one segment, was not ({listed(idle)})"
-    return f"{text}. To be confirmed by measuring it. {IDLE_PRICE}"
+    return f"{text}. To be confirmed by measuring it."

@@ -19,6 +19,7 @@ from specwise.decision.conditions import Condition
 from specwise.decision.findings import Findings, Judgement, Place, counted, describe, listed
 from specwise.decision.next_trials import NextTrial
 from specwise.decision.schedule import (
+    IDLE_PRICE,
     ScheduleProposal,
     losers,
     propose,
@@ -320,6 +321,7 @@ def _loss(
                 *reasons,
                 f"The schedule keeps what is won at {won} and is idle at {load.label}: worth it "
                 "only if the load is often that low. A schedule cannot tell segments apart.",
+                IDLE_PRICE,
             ),
             judged,
             proposal,
