@@ -32,5 +32,8 @@ def decide(study: Path, as_json: bool) -> None:
     else:
         from specwise.reporting.console import print_assessment  # noqa: PLC0415
 
-        print_assessment(assessment)
+        page = study / "report.html"
+        print_assessment(assessment, report=page if page.exists() else None)
+        if not page.exists():
+            click.echo(f"Evidence with figures: specwise report {study}")
     sys.exit(exit_code(assessment.verdict.decision))

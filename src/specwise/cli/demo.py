@@ -54,6 +54,7 @@ def demo(*, quick: bool, out: Path | None) -> None:
     from specwise.reporting.json_export import write_json  # noqa: PLC0415
 
     assessment = assess(folder.read())
-    write_report(assessment, folder.path / "report.html")
+    page = folder.path / "report.html"
+    write_report(assessment, page)
     write_json(assessment, folder.path / "assessment.json")
-    print_assessment(assessment)
+    print_assessment(assessment, report=page)

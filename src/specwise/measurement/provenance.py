@@ -22,7 +22,7 @@ def describe_here() -> dict[str, Any]:
     """
     return {
         "specwise": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
