@@ -209,11 +209,12 @@ def test_the_reason_is_the_first_error_that_nothing_else_caused(
 TWO_PROCESSES = """
 import http.server, os, signal, subprocess, sys, threading
 if sys.argv[1] != "child":
-    child = subprocess.Popen([sys.executable, __file__, "child", sys.argv[1]])
-    if "ignores-term" in sys.argv:
+    child = subprocess.Popen([sys.executable, __file__, "child", *sys.argv[1:]])
+    if "parent-ignores-term" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(child.wait())
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would outlive its parent if it were let
+if "child-ignores-term" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -272,8 +273,11 @@ def test_a_server_starts_answers_and_leaves_nothing_behind(script: Path, tmp_pat
     server.stop()  # a second time does no harm
 
 
-def test_processes_that_ignore_the_polite_signal_are_killed(script: Path, tmp_path: Path) -> None:
-    server = _launch(script, tmp_path / "log", "ignores-term")
+@pytest.mark.parametrize("option", ["parent-ignores-term", "child-ignores-term"])
+def test_processes_that_ignore_the_polite_signal_are_killed(
+    script: Path, tmp_path: Path, option: str
+) -> None:
+    server = _launch(script, tmp_path / "log", option)
     server.wait_ready(20, period_s=0.02)
     server.stop(timeout_s=0.2)
     assert _states(server.pid) == []

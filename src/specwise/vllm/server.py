@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ import httpx
 from specwise.domain import Deployment, Speculation
 from specwise.errors import EngineError, InputError, ServerError
 from specwise.vllm import engine, metrics
+from specwise.vllm.server_watchdog import living_members
 
 EMBEDDED = "embedded"
 READY_TIMEOUT_S = 600.0
@@ -439,6 +440,9 @@ class Server:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout_s)
+                    # The engine core, and the tracker that gives shared memory back.
+                    self._signal_group(signal.SIGTERM)
+                    _wait_until_gone(self.pid, timeout_s=2.0)
         finally:
             # Also when the wait was interrupted, and for workers that outlived the API server.
             self._signal_group(signal.SIGKILL)
@@ -571,19 +575,7 @@ def _end_watchdog(watchdog: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_gone(group: int, timeout_s: float = 10.0) -> None:
-    """Wait for killed processes to leave: they give their memory and port back only then."""
+    """Wait for ended processes to leave: they give their memory and port back only then."""
     deadline = time.monotonic() + timeout_s
-    while any(_living_members(group)) and time.monotonic() < deadline:
+    while living_members(group) and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def _living_members(group: int) -> Iterator[int]:
-    """Process ids of a group that still run; zombies, which hold nothing, are left out."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            # pid (name) state parent group ...; the name may hold spaces and parentheses.
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] not in "ZX":
-                yield int(entry.name)
