@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -16,6 +17,7 @@ from tests.scripted_server import (
     Script,
     ScriptedServer,
     Served,
+    events,
     scripted_server_process,
     throwaway_certificate,
 )
@@ -136,10 +138,13 @@ def test_a_base_path_goes_in_front() -> None:
 @pytest.mark.parametrize("tokens_per_chunk", [1, 4])
 def test_ttft_and_tpot_agree_with_the_servers_log(tokens_per_chunk: int) -> None:
     script = Script(first_s=0.05, gap_s=0.01, chunks=20, tokens_per_chunk=tokens_per_chunk)
-    times = intended_times("poisson", 40.0, 120, np.random.default_rng(1))
-    with scripted_server_process(script) as server:
-        run, records = load(server.url, plan(120, times=times), concurrency=None)
-        log = server.log()
+    times = intended_times("poisson", 40.0, 100, np.random.default_rng(1))
+    for _ in range(6):
+        with scripted_server_process(script) as server:
+            run, records = load(server.url, plan(100, times=times), concurrency=None)
+            log = server.log()
+        if not run.client_limited:  # otherwise, as it says itself, the run measured this machine
+            break
     assert {r.outcome for r in records} == {Outcome.OK}
     start_s = matching_start(records, log)
     tokens = script.chunks * tokens_per_chunk
@@ -345,16 +350,41 @@ def test_a_server_that_was_away_is_used_again() -> None:
 def test_a_connection_closed_in_the_instant_of_reuse_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def reusable(_connection: Connection, _now_s: float) -> bool:
-        # Believe it alive; meanwhile the server's close arrives, unseen by the event loop.
-        time.sleep(0.02)
+    answered: set[Connection] = set()
+    idle = threading.Semaphore(0)
+
+    def reusable(connection: Connection, _now_s: float) -> bool:
+        # The server closes while the event loop does not look; the client believes in it still.
+        if connection._served and connection not in answered:
+            answered.add(connection)
+            idle.release()
+            poller = select.poll()
+            poller.register(connection._socket.fileno(), select.POLLRDHUP)
+            assert poller.poll(10_000)
         return True
 
     monkeypatch.setattr(Connection, "reusable", reusable)
-    with ScriptedServer(Script(close_after=True)) as server:
-        _, records = load(server.url, plan(4))
-        assert len(server.served) == 4  # each arrived once
-    assert [r.outcome for r in records] == [Outcome.OK] * 4
+    answer = b"".join(data for _, data in events(Script(), endpoint(Api.CHAT)))
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer)
+    arrived = 0
+
+    def serve(listener: socket.socket) -> None:
+        nonlocal arrived
+        for _ in range(3):
+            sock, _ = listener.accept()
+            with sock:
+                assert sock.recv(1 << 16).endswith(b"}")
+                arrived += 1
+                sock.sendall(head + answer)
+                assert idle.acquire(timeout=10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve, args=(listener,), daemon=True)
+        server.start()
+        _, records = load(f"http://127.0.0.1:{listener.getsockname()[1]}", plan(3))
+        server.join(10)
+    assert [r.outcome for r in records] == [Outcome.OK] * 3
+    assert arrived == 3  # each request once
 
 
 def test_a_request_that_reached_the_server_is_never_sent_again() -> None:
@@ -385,29 +415,36 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- ends ---------------------------------------------------------------------------------------
 
 
+def first_only(i: int, _body: dict[str, Any]) -> Script:
+    return Script(first_s=0.0 if i == 0 else 60.0)
+
+
 @pytest.mark.parametrize("concurrency", [2, None])
 def test_stop_records_what_was_in_flight_as_cancelled(concurrency: int | None) -> None:
     begun_s = time.perf_counter()
-    with ScriptedServer(lambda i, _body: Script(first_s=0.0 if i == 0 else 60.0)) as server:
-        requests = plan(6, times=(0.0, 0.05, 0.1, 90.0, 90.0, 90.0))
+    ended: list[RequestRecord] = []
+    with ScriptedServer(first_only) as server:
         run, records = load(
             server.url,
-            requests,
+            plan(6, times=(0.0, 0.05, 0.1, 90.0, 90.0, 90.0)),
             concurrency=concurrency,
-            stop=lambda: time.perf_counter() > begun_s + 0.5,
+            on_record=ended.append,
+            stop=lambda: bool(ended) and len(server.served) == 3,
+            timeout_s=60.0,
         )
     assert run.stopped
     assert sorted(r.outcome for r in records) == ["cancelled", "cancelled", "ok"]
     assert {r.index for r in records} == {0, 1, 2}
-    assert time.perf_counter() - begun_s < 5
+    assert time.perf_counter() - begun_s < 30
 
 
 def test_ctrl_c_ends_the_run_as_stop_does() -> None:
-    with ScriptedServer(lambda i, _body: Script(first_s=0.0 if i == 0 else 60.0)) as server:
-        timer = threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        run, records = load(server.url, plan(5), concurrency=2)
-        timer.join()
+    def press(record: RequestRecord) -> None:
+        if record.outcome is Outcome.OK:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ScriptedServer(first_only) as server:
+        run, records = load(server.url, plan(5), concurrency=2, on_record=press, timeout_s=60.0)
     assert run.stopped
     assert sorted(r.outcome for r in records) == ["cancelled", "cancelled", "ok"]
 
@@ -429,8 +466,9 @@ def test_what_on_record_raises_ends_the_run(concurrency: int | None) -> None:
                 plan(4, times=(0.0, 0.0, 0.0, 90.0)),
                 concurrency=concurrency,
                 on_record=full,
+                timeout_s=60.0,
             )
-    assert time.perf_counter() - begun_s < 5
+    assert time.perf_counter() - begun_s < 30
 
 
 # --- the client watches itself ------------------------------------------------------------------
