@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from tests.real_vllm.tiny_models import make_all
 
 from specwise.domain import Speculation
+from specwise.facts.bundled import bundled_draft, bundled_target
 from specwise.facts.checkpoint import from_folder
 from specwise.planning.memory import CachedModel, kv_capacity
 from specwise.vllm.command import Version, read_command, read_words, to_words
@@ -359,3 +361,25 @@ def test_predicted_kv_tokens_are_vllms_own(vllm_says: Answers, name: str) -> Non
         block_tokens=128,
     )
     assert capacity.tokens == vllm_says.tokens[name]
+
+
+@pytest.mark.parametrize("drafts", [False, True], ids=["baseline", "with the draft"])
+def test_predicted_kv_tokens_are_a_servers_own(
+    drafts: bool, request: pytest.FixtureRequest, logs: Path
+) -> None:
+    """The same for the bundled pair behind a real HTTP server, from its log file."""
+    server = request.getfixturevalue("drafting_server" if drafts else "baseline_server")
+    assert server.url
+    log = (logs / ("draft_model.log" if drafts else "baseline.log")).read_text()
+    said = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    pool = re.search(r"Explicitly set \(([\d.]+)/", log)
+    assert said is not None
+    assert pool is not None
+    folders = [bundled_target(), *([bundled_draft()] if drafts else [])]
+    capacity = kv_capacity(
+        [CachedModel(from_folder(Path(folder)).kv_groups, 32) for folder in folders],
+        pool_bytes=float(pool[1]) * 2**30,
+        max_model_len=1024,
+        block_tokens=128,
+    )
+    assert capacity.tokens == int(said[1].replace(",", ""))

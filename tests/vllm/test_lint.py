@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,8 +221,13 @@ def test_the_qwen_trap_is_repaired_by_version() -> None:
 
 
 def test_every_rule_is_documented_and_every_finding_complete() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "reference" / "lint.md"
+    reference = docs.read_text(encoding="utf-8")
     for rule, entry in catalogue().items():
-        assert entry.get("severity", ERROR) in {ERROR, WARNING, ADVICE}, rule
+        assert entry["severity"] in {ERROR, WARNING, ADVICE}, rule
+        assert entry["why"], rule
+        assert entry["source"], rule
+        assert f"| {rule} |" in reference, rule
     for text in (ARTICLE_1, ARTICLE_2, spec(GOOD)):
         for finding in run(text).findings:
             assert finding.what
