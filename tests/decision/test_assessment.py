@@ -15,7 +15,7 @@ from tests.analysis.synthetic import (
 
 from specwise.decision.assessment import Assessment, assess
 from specwise.decision.verdict import Decision
-from specwise.domain import LoadPoint, Loop
+from specwise.domain import LoadPoint, Loop, Outcome, StudyData
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +108,39 @@ def test_equal_arms_are_rarely_called_different() -> None:
     design = demo_design(loads=(C16,))
     found = [assess(demo_study(design, truth, seed=seed)).verdict for seed in range(300, 312)]
     assert sum(verdict.decision is not Decision.MEASURE_MORE for verdict in found) <= 2
+
+
+def _changed(**changes: object) -> StudyData:
+    study = demo_study(demo_design(loads=(C16,), requests=16))
+    return replace(
+        study,
+        trials=tuple(
+            replace(t, records=tuple(replace(r, **changes) for r in t.records))  # type: ignore[arg-type]
+            for t in study.trials
+        ),
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": Outcome.TIMEOUT},
+        {"outcome": Outcome.CANCELLED},
+        {"output_tokens": None},
+        {"output_tokens": 1},
+        {"output_tokens": 0, "chunk_s": (), "chunk_tokens": ()},
+        {"chunk_tokens": None},
+        {"acceptance": None},
+        {"output_sha256": None},
+    ],
+    ids=",".join,
+)
+def test_a_strange_study_gets_an_answer_not_a_traceback(changes: dict[str, object]) -> None:
+    assert assess(_changed(**changes)).verdict.decision in Decision
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_requests_a_trial_are_too_few_but_no_error() -> None:
+    found = assess(demo_study(demo_design(loads=(C16,), requests=2)))
+    assert found.verdict.decision is Decision.MEASURE_MORE

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from specwise.analysis.cells import TrialTable, cells, segments_of
+from specwise.analysis.cells import Cells, TrialTable, cells, segments_of
 from specwise.analysis.latency import design_order
 from specwise.domain import (
     AcceptanceCounts,
@@ -76,15 +76,18 @@ class AcceptanceSummary:
     trial_ids: tuple[str, ...]
 
 
-def summarise_acceptance(study: StudyData) -> tuple[AcceptanceSummary, ...]:
+def summarise_acceptance(
+    study: StudyData, measured: Cells | None = None
+) -> tuple[AcceptanceSummary, ...]:
     """Acceptance of every cell of the speculating arms, and of each segment inside a mix.
 
     The source of a cell is the best it has: the server's per-request figures, else the counters'
     differences over its trials (whole workload only: counters cannot be split by segment), else
-    the tokens per streamed chunk. Cells with none of these are left out.
+    the tokens per streamed chunk. Cells with none of these are left out. ``measured`` are the
+    study's `cells`, where the caller has them already.
     """
     found = []
-    measured = cells(study)
+    measured = cells(study) if measured is None else measured
     for key in sorted(measured, key=lambda key: design_order(study, key)):
         arm, workload, load, purpose = key
         speculation = study.design.arm(arm).speculation

@@ -66,7 +66,10 @@ class TrialTable:
         return np.asarray(self.segment == segment, dtype=np.bool_)
 
 
-def cells(study: StudyData) -> Mapping[CellKey, tuple[TrialTable, ...]]:
+Cells = Mapping[CellKey, tuple[TrialTable, ...]]
+
+
+def cells(study: StudyData) -> Cells:
     """Complete trials by cell, each cell's trials by repeat. Interrupted trials are left out."""
     gathered: dict[CellKey, list[TrialTable]] = defaultdict(list)
     for measured in study.trials:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
 
-from specwise.analysis.cells import CellKey, TrialTable, cells, segments_of
+from specwise.analysis.cells import Cells, cells, segments_of
 from specwise.analysis.latency import rates
 from specwise.analysis.pairs import (
     REQUEST_METRICS,
@@ -129,13 +129,14 @@ CONFIDENCE = 0.95
 NOISE_FLOOR_METRICS = ("speedup", "ttft_p50", "tpot_p50", "tpot_p99")
 
 
-def compare(study: StudyData, *, seed: int = 0) -> Comparison:
+def compare(study: StudyData, measured: Cells | None = None, *, seed: int = 0) -> Comparison:
     """Effects of every candidate arm in every cell and segment, noise floors and signatures.
 
     Deterministic for a given ``seed``, whatever the order of the cells. The statistics are
-    explained in docs/concepts/statistics.md.
+    explained in docs/concepts/statistics.md. ``measured`` are the study's `cells`, where the
+    caller has them already.
     """
-    measured = cells(study)
+    measured = cells(study) if measured is None else measured
     baseline = study.design.arms[0].name
     views = {w.name: segments_of(study, w.name) for w in study.design.workloads}
     matched = match_pairs(measured, baseline, views)
@@ -165,9 +166,7 @@ def compare(study: StudyData, *, seed: int = 0) -> Comparison:
     )
 
 
-def speedup_effects(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]], baseline: str, *, seed: int = 0
-) -> tuple[Effect, ...]:
+def speedup_effects(measured: Cells, baseline: str, *, seed: int = 0) -> tuple[Effect, ...]:
     """The speedup of every candidate in every whole workload: `compare` for that one metric."""
     matched = match_pairs(measured, baseline, {})
     resampled = {
@@ -370,7 +369,7 @@ def _notes(pairs: Pairs, noise: TrialNoise) -> list[str]:
 
 def _length_note(pairs: Pairs) -> list[str]:
     base, candidate = pairs.columns["output_tokens"].mean(1)
-    if abs(candidate / base - 1) <= 0.05:
+    if abs(candidate - base) <= 0.05 * base:
         return []
     return [f"outputs differ in length: {base:.0f} and {candidate:.0f} tokens on average"]
 
@@ -387,9 +386,7 @@ def tail_probability(failed: int, requests: int, base_failed: int, base_requests
     return hits / ways
 
 
-def _noise_floors(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]], baseline: str, *, seed: int
-) -> tuple[NoiseFloor, ...]:
+def _noise_floors(measured: Cells, baseline: str, *, seed: int) -> tuple[NoiseFloor, ...]:
     """Every A/A cell against the baseline trials it repeats, candidate and baseline being one."""
     metrics = [m for m in REQUEST_METRICS if m.name in NOISE_FLOOR_METRICS]
     found = []

@@ -10,6 +10,7 @@ import numpy as np
 
 from specwise.analysis.cells import (
     CellKey,
+    Cells,
     Floats,
     TrialTable,
     cells,
@@ -89,9 +90,12 @@ class ServingSummary:
         return self.failed / self.requests if self.requests else 0.0
 
 
-def summarise(study: StudyData) -> tuple[ServingSummary, ...]:
-    """A summary for each cell, and for each segment inside a mix, in the order of the design."""
-    measured = cells(study)
+def summarise(study: StudyData, measured: Cells | None = None) -> tuple[ServingSummary, ...]:
+    """A summary for each cell, and for each segment inside a mix, in the order of the design.
+
+    ``measured`` are the study's `cells`, where the caller has them already.
+    """
+    measured = cells(study) if measured is None else measured
     return tuple(
         _summary(key, segment, tables)
         for key, tables in sorted(measured.items(), key=lambda item: design_order(study, item[0]))

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specwise.analysis.cells import CellKey, Floats, TrialTable
+from specwise.analysis.cells import Cells, Floats, TrialTable
 from specwise.domain import LoadPoint, Purpose
 
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
@@ -89,7 +89,7 @@ _COLUMNS = ("ttft_s", "tpot_s", "e2e_s", "output_tokens")
 
 
 def match_pairs(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]],
+    measured: Cells,
     baseline: str,
     views: Mapping[str, tuple[str | None, ...]],
 ) -> dict[PairKey, Pairs]:
@@ -170,16 +170,19 @@ def common_rows(tables: Sequence[TrialTable], segment: str | None) -> list[NDArr
 def statistic(values: Floats, tokens: Floats, kind: str) -> Floats:
     """One number for each row of ``values`` (rows x requests); NaN requests do not count.
 
-    per_token: sum(values) / sum(tokens); mean; p50, p95, p99 by linear interpolation.
+    per_token: sum(values) / sum(tokens); mean; p50, p95, p99 by linear interpolation. NaN where
+    no request has a value.
     """
     known = ~np.isnan(values)
-    if kind == "per_token":
-        return np.asarray(
-            np.where(known, values, 0.0).sum(-1) / np.where(known, tokens, 0.0).sum(-1)
-        )
-    if kind == "mean":
-        return np.asarray(np.where(known, values, 0.0).sum(-1) / known.sum(-1))
+    if kind in ("per_token", "mean"):
+        per = np.where(known, tokens, 0.0).sum(-1) if kind == "per_token" else known.sum(-1)
+        return _over(np.where(known, values, 0.0).sum(-1), per)
     return _sorted_quantile(np.sort(values, axis=-1), known.sum(-1), _QUANTILES[kind])
+
+
+def _over(total: Floats, per: Floats | NDArray[np.int64]) -> Floats:
+    """total / per, NaN where ``per`` is 0."""
+    return np.asarray(np.divide(total, per, where=per > 0, out=np.full(np.shape(total), np.nan)))
 
 
 def _sorted_quantile(ordered: Floats, counts: NDArray[np.int64], q: float) -> Floats:
@@ -245,9 +248,9 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
                 statistics = _sorted_quantile(ordered, whole, _QUANTILES[metric.kind])
             elif metric.kind == "per_token":
                 tokens = np.where(known, pairs.columns["output_tokens"], 0.0) @ times.T
-                statistics = sums / tokens
+                statistics = _over(sums, tokens)
             else:
-                statistics = sums / np.maximum(counts, 1)
+                statistics = _over(sums, np.broadcast_to(counts, sums.shape))
             logs = log_ratio(metric, statistics[0], statistics[1])
             logs = logs[~np.isnan(logs)]
             variances[metric.name] = (
@@ -291,7 +294,7 @@ UNKNOWN_NOISE = TrialNoise(0.0, 0.0, 0.0)
 
 
 def trial_noise(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]],
+    measured: Cells,
     baseline: str,
     metric: Metric,
     matched: Mapping[PairKey, Pairs],

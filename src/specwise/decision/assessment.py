@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specwise.analysis.acceptance import AcceptanceSummary, summarise_acceptance
-from specwise.analysis.cells import cells
+from specwise.analysis.cells import Cells, cells
 from specwise.analysis.comparison import Effect, NoiseFloor, Signature, compare
 from specwise.analysis.crossover import Crossover, find_crossovers
 from specwise.analysis.latency import ServingSummary, summarise
 from specwise.decision.conditions import Condition, check_conditions
-from specwise.decision.findings import Findings, limited_trials, listed
+from specwise.decision.findings import Findings, counted, limited_trials, listed
 from specwise.decision.verdict import Verdict, decide
-from specwise.domain import StudyData
+from specwise.domain import Outcome, StudyData
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,18 @@ def assess(study: StudyData, *, seed: int = 0) -> Assessment:
     A study that is not finished, even an empty one, can be assessed: what is missing makes the
     verdict measure-more.
     """
-    comparison = compare(study, seed=seed)
+    measured = cells(study)
+    comparison = compare(study, measured, seed=seed)
     findings = Findings(
         study=study,
-        summaries=summarise(study),
-        acceptance=summarise_acceptance(study),
+        summaries=summarise(study, measured),
+        acceptance=summarise_acceptance(study, measured),
         effects=comparison.effects,
         noise_floors=comparison.noise_floors,
         signatures=comparison.signatures,
         crossovers=find_crossovers(comparison.effects, seed=seed),
     )
-    conditions = check_conditions(findings)
+    conditions = check_conditions(findings, measured)
     return Assessment(
         study=study,
         summaries=findings.summaries,
@@ -62,11 +63,11 @@ def assess(study: StudyData, *, seed: int = 0) -> Assessment:
         crossovers=findings.crossovers,
         conditions=conditions,
         verdict=decide(findings, conditions),
-        warnings=_warnings(findings),
+        warnings=_warnings(findings, measured),
     )
 
 
-def _warnings(findings: Findings) -> tuple[str, ...]:
+def _warnings(findings: Findings, measured: Cells) -> tuple[str, ...]:
     """What a reader must know about the measurement before reading its figures."""
     study = findings.study
     found = []
@@ -79,7 +80,7 @@ def _warnings(findings: Findings) -> tuple[str, ...]:
             f"{len(missing)} of {len(study.design.trials)} trials are not complete and were left "
             "out; `specwise measure` on the folder goes on with them."
         )
-    limited = limited_trials(cells(study))
+    limited = limited_trials(measured)
     if limited:
         found.append(
             f"The load generator limited {len(limited)} trials: "
@@ -92,6 +93,14 @@ def _warnings(findings: Findings) -> tuple[str, ...]:
         found.append(
             f"{failed} of {requests} requests failed; they count as misses in goodput and are "
             "shown by outcome."
+        )
+    uncounted = sum(
+        r.outcome is Outcome.OK and r.output_tokens is None for t in study.trials for r in t.records
+    )
+    if uncounted:
+        found.append(
+            f"{counted(uncounted, 'request')} ended OK without a token count from the server and "
+            "could not be compared."
         )
     if any(part.counters_reset for trial in study.trials for part in trial.parts):
         found.append("A server restarted during a trial: its counters of that stretch are unused.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from specwise.analysis.acceptance import AcceptanceSummary, break_even_rate, counted_by_server
-from specwise.analysis.cells import CellKey, TrialTable, cells
+from specwise.analysis.cells import Cells
 from specwise.analysis.comparison import Direction, Effect, tail_probability
 from specwise.decision.findings import (
     Findings,
@@ -53,12 +53,12 @@ ARTICLE = "Speculative Decoding on vLLM: A Configuration and Decision Framework,
 _STATUS: dict[Direction, Status] = {"better": "pass", "worse": "fail", "undecided": "unknown"}
 
 
-def check_conditions(findings: Findings) -> tuple[Condition, ...]:
+def check_conditions(findings: Findings, measured: Cells) -> tuple[Condition, ...]:
     """Every condition that this study can answer, or that only the user can, in a fixed order.
 
-    First the measurement itself, then the service, then each candidate arm at the production load.
+    ``measured`` are the study's `cells`. First the measurement itself, then the service, then
+    each candidate arm at the production load.
     """
-    measured = cells(findings.study)
     found = [
         *_of_the_measurement(findings, measured),
         *_of_the_service(findings),
@@ -75,9 +75,7 @@ def check_conditions(findings: Findings) -> tuple[Condition, ...]:
 # The measurement
 
 
-def _of_the_measurement(
-    findings: Findings, measured: Mapping[CellKey, tuple[TrialTable, ...]]
-) -> Iterator[Condition]:
+def _of_the_measurement(findings: Findings, measured: Cells) -> Iterator[Condition]:
     design = findings.design
     production = design.production_load
     at_production = {t.trial_id for t in design.trials if t.load == production}
@@ -266,7 +264,7 @@ def _of_the_latency(findings: Findings, arm: str) -> Iterator[Condition]:
 
     def by_effect(metric: str, name: str, question: str) -> Condition:
         effect = findings.effect(metric, arm, place, load)
-        worth = "above 1" if effect is None or effect.better == "higher" else "below 1"
+        worth = "above 1" if metric in ("speedup", "output_tokens_per_s") else "below 1"
         return Condition(
             id=name,
             question=question,
@@ -369,9 +367,7 @@ def _number(value: float | None) -> str:
 # An arm's acceptance
 
 
-def _of_the_acceptance(
-    findings: Findings, arm: str, measured: Mapping[CellKey, tuple[TrialTable, ...]]
-) -> Iterator[Condition]:
+def _of_the_acceptance(findings: Findings, arm: str, measured: Cells) -> Iterator[Condition]:
     load = findings.design.production_load
     for place in (findings.production, *findings.parts()):
         accepted = findings.accepted(arm, place, load)
@@ -448,9 +444,7 @@ def _break_even(
     )
 
 
-def _counters(
-    findings: Findings, arm: str, measured: Mapping[CellKey, tuple[TrialTable, ...]]
-) -> Iterator[Condition]:
+def _counters(findings: Findings, arm: str, measured: Cells) -> Iterator[Condition]:
     design = findings.design
     key = (arm, design.production_workload, design.production_load, Purpose.MEASURE)
     counted = counted_by_server(measured.get(key, ()))
@@ -566,9 +560,7 @@ def _aggregate_effect(findings: Findings, arm: str, inside: list[Place]) -> Iter
 # Health: errors, memory pressure, output
 
 
-def _of_the_health(
-    findings: Findings, arm: str, measured: Mapping[CellKey, tuple[TrialTable, ...]]
-) -> Iterator[Condition]:
+def _of_the_health(findings: Findings, arm: str, measured: Cells) -> Iterator[Condition]:
     design, load, place = findings.design, findings.design.production_load, findings.production
     base = findings.summary(design.arms[0].name, place, load)
     own = findings.summary(arm, place, load)
@@ -610,9 +602,7 @@ def _share(value: float | None) -> str:
     return "not exported" if value is None else f"{value:.0%}"
 
 
-def _same_output(
-    findings: Findings, arm: str, measured: Mapping[CellKey, tuple[TrialTable, ...]]
-) -> Iterator[Condition]:
+def _same_output(findings: Findings, arm: str, measured: Cells) -> Iterator[Condition]:
     """Greedy outputs of the arm and the baseline, compared by their digests over all loads."""
     baseline = findings.design.arms[0].name
     same = total = 0
@@ -666,7 +656,7 @@ def _ids(effects: list[Effect]) -> tuple[str, ...]:
 
 
 def _cell_ids(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]],
+    measured: Cells,
     arm: str,
     workload: str,
     purpose: Purpose,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specwise.analysis.acceptance import AcceptanceSummary
-from specwise.analysis.cells import CellKey, TrialTable
+from specwise.analysis.cells import Cells
 from specwise.analysis.comparison import Direction, Effect, NoiseFloor, Signature
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary, percentiles
@@ -173,7 +173,7 @@ class Findings:
 
 
 def limited_trials(
-    measured: Mapping[CellKey, tuple[TrialTable, ...]],
+    measured: Cells,
 ) -> tuple[tuple[str, str], ...]:
     """Trials in which the client, not the server, may have shaped the times, and why."""
     found = []

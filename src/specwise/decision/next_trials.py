@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from specwise.analysis.comparison import Effect, t_quantile
-from specwise.decision.findings import Findings, Place, describe, metric_name
+from specwise.decision.findings import Findings, Place, counted, describe, metric_name
 from specwise.decision.schedule import ScheduleProposal
 from specwise.domain import LoadPoint, Loop
 
@@ -60,6 +60,19 @@ def measure_production(findings: Findings, arm: str) -> NextTrial:
     """The production workload at the production load, where a comparison is missing there."""
     design = findings.design
     load, workload = design.production_load, design.production_workload
+    done = {t.trial.trial_id for t in findings.study.trials if t.complete}
+    missing = [
+        t.trial_id
+        for t in design.trials
+        if (t.workload, t.load) == (workload, load) and t.trial_id not in done
+    ]
+    if missing:
+        return NextTrial(
+            f"Finish this study: `specwise measure {findings.study.folder}` goes on where it "
+            f"stopped ({counted(len(missing), 'trial')} of {workload} at {load.label} to go).",
+            "The verdict is about production's load, and its trials are not complete.",
+            "",
+        )
     return NextTrial(
         f"Measure {arm} and the baseline on {workload} at {load.label}, 2 repeats.",
         "The verdict is about production's load, and this study has no complete comparison there.",

@@ -185,7 +185,8 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
         return _Case(
             arm,
             Decision.MEASURE_MORE,
-            f"{arm} and the baseline were not both measured on {whole.label} at {load.label}.",
+            f"Not decided: {arm} and the baseline were not both measured on {whole.label} at "
+            f"{load.label}.",
             (),
             None,
             next_trials=(next_trials.measure_production(findings, arm),),
