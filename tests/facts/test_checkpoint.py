@@ -6,6 +6,10 @@ import json
 import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +244,79 @@ def test_the_hub_offline_names_the_alternatives(tmp_path: Path) -> None:
     assert "CheckpointError" in done.stderr
     assert "local folder" in done.stderr
     assert "qwen3-8b" in done.stderr
+
+
+def test_a_hub_id_reads_metadata_and_tokenizer_but_no_weights(tmp_path: Path) -> None:
+    """Against a server that speaks the hub's protocol on a real socket."""
+    served = tmp_path / "served"
+    served.mkdir()
+    folder(served, {"lm_head.weight": ("BF16", [100, 64])})
+    with (served / "model.safetensors").open("ab") as stream:
+        stream.truncate(50_000_000)  # weights nobody may ask for
+    (served / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    with _hub(served) as (url, sent):
+        code = (
+            "from specwise.facts.checkpoint import load_checkpoint as l; from pathlib import Path;"
+            "c = l('someone/model'); print(c.parameters, c.parameters_from);"
+            "print((Path(c.folder) / 'tokenizer.json').is_file())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "PATH": ""},
+        )
+    assert done.stdout.split() == ["6400", "safetensors", "True"], done.stderr
+    assert sum(sent) < 1_000_000
+
+
+@contextmanager
+def _hub(served: Path) -> Iterator[tuple[str, list[int]]]:
+    """A hub that serves one repository; yields its address and the sizes of the bodies it sent."""
+    sent: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = served / self.path.split("?")[0].rsplit("/", 1)[-1]
+            content = path.read_bytes() if "/resolve/" in self.path and path.is_file() else None
+            wanted = self.headers.get("Range")
+            part = content or b""
+            if content is not None and wanted:
+                first, last = wanted.removeprefix("bytes=").split("-")
+                part = content[int(first) : int(last) + 1]
+            self.send_response(404 if content is None else 206 if wanted else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("ETag", f'"{path.name}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            if content is not None and wanted:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            if body:
+                sent.append(len(part))
+                self.wfile.write(part)
+
+        def log_message(self, *args: object) -> None:
+            """Silent."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", sent
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_no_hub_library_is_loaded_for_local_metadata() -> None:

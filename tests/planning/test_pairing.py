@@ -84,6 +84,16 @@ def test_families_contexts_and_quantisation() -> None:
     quantised = replace(model("llama-3.1-70b"), quantization=Quantization("awq", 4))
     report = judge_pair(quantised, model("llama-3.1-8b"))
     assert "target-quantization" in {f.rule for f in report.findings}
+    int8 = replace(model("llama-3.1-8b"), quantization=Quantization("compressed-tensors", 8))
+    mixed = {f.rule for f in judge_pair(quantised, int8).findings}
+    assert "mixed-quantization" in mixed
+    assert "quantize-draft" not in mixed
+
+
+def test_draft_parallelism_is_a_question_for_targets_that_span_gpus() -> None:
+    """req: C6"""
+    assert rules("llama-3.1-70b", "llama-3.1-8b")["draft-tp"] == "advice"
+    assert "draft-tp" not in rules("llama-3.1-8b", "llama-3.2-1b")
 
 
 def test_experts_cost_by_their_active_parameters() -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from specwise.domain import Checkpoint
 from specwise.facts.tokenizer import TokenizerComparison, compare_tokenizers, read_tokenizer
-from specwise.planning.memory import nominal_billions
+from specwise.planning.memory import nominal_billions, weight_bytes
 from specwise.vllm.command import Version, names
 from specwise.vllm.findings import ADVICE, ERROR, WARNING, Finding
 from specwise.vllm.flags import method_problem
 
 GOOD = "good"
 SWEET_SPOT = (8.0, 12.0)  # target : draft parameters (req: A1)
+LARGEST_USUAL_GPU_BYTES = 80e9  # a target above this spans GPUs
 _ARTICLE = "rule of thumb: draft between 1:8 and 1:12 of the target"
 
 
@@ -100,6 +101,7 @@ def judge_pair(target: Checkpoint, draft: Checkpoint, version: Version | None = 
                         "Upgrade vLLM, or use n-gram or an EAGLE head.", "vllm/engine/arg_utils.py")
             )  # fmt: skip
     findings += _context(target, draft)
+    findings += _parallel(target, draft)
     findings += _quantization(target, draft)
     order = [ERROR, WARNING, ADVICE, GOOD]
     findings.sort(key=lambda f: order.index(f.severity))
@@ -258,6 +260,18 @@ def _context(target: Checkpoint, draft: Checkpoint) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _parallel(target: Checkpoint, draft: Checkpoint) -> Iterator[Finding]:
+    if weight_bytes(target, None).likely > LARGEST_USUAL_GPU_BYTES and not draft.head_method:
+        size = weight_bytes(draft, None).likely / 1e9
+        yield Finding(
+            "draft-tp", ADVICE, "The target spans GPUs; the draft need not.",
+            f"vLLM splits the draft alike by default. At draft TP 1 each of k passes skips the "
+            f"network, for {size:.3g} GB on every GPU.",
+            "Measure draft_tensor_parallel_size 1 against the default; see `specwise memory`.",
+            "vllm/config/speculative.py _verify_and_get_draft_tp",
+        )  # fmt: skip
+
+
 def _quantization(target: Checkpoint, draft: Checkpoint) -> Iterator[Finding]:
     if target.quantization and target.quantization.weight_bits < 8:
         yield Finding(
@@ -265,6 +279,15 @@ def _quantization(target: Checkpoint, draft: Checkpoint) -> Iterator[Finding]:
             f"The target is stored in {target.quantization.weight_bits:g} bits.",
             "The target decides acceptance: 4 bits cost more of it than 8, more so when sampling.",
             "Measure acceptance against an 8-bit target; above 5 points lost, take 8 bits.",
+            "rule of thumb",
+        )  # fmt: skip
+    bits = [q.weight_bits for q in (target.quantization, draft.quantization) if q]
+    if len(bits) == 2 and abs(bits[0] - bits[1]) > 1:
+        yield Finding(
+            "mixed-quantization", ADVICE,
+            f"The target is stored in {bits[0]:g} bits, the draft in {bits[1]:g}.",
+            "Errors of the same kind agree more often than errors of two kinds.",
+            "Prefer the same level for both, and measure acceptance before and after.",
             "rule of thumb",
         )  # fmt: skip
     if draft.quantization is None and not draft.head_method and draft.parameters > 2e9:
