@@ -123,6 +123,8 @@ def test_temperature_and_endpoint_follow_the_segment(tmp_path: Path) -> None:
         (False, 0.8),
     }
     assert all(body["stream"] for body in sent)
+    salts = {body["cache_salt"] for body in sent}
+    assert len(salts) == 2 * 3, "one for each trial of the baseline, and one for its warm-up"
 
 
 def test_open_loop_sends_at_the_same_intended_times_to_every_arm(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from specwise.vllm.server import (
     installed_version,
     launch_command,
     probe,
-    speculative_config,
+    startable_config,
     version_number,
 )
 
@@ -80,7 +80,7 @@ def test_schedule_and_options_become_fields_of_the_config() -> None:
     speculation = Speculation(
         "ngram", k=4, schedule=((1, 2, 4), (3, 64, 0)), options={"prompt_lookup_max": 5}
     )
-    assert speculative_config(speculation) == {
+    assert startable_config(speculation) == {
         "method": "ngram",
         "num_speculative_tokens": 4,
         "num_speculative_tokens_per_batch_size": [[1, 2, 4], [3, 64, 0]],
@@ -103,7 +103,7 @@ def test_a_schedule_that_would_kill_the_server_later_is_refused_now(
     schedule: tuple[tuple[int, int, int], ...], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        speculative_config(Speculation("ngram", k=4, schedule=schedule))
+        startable_config(Speculation("ngram", k=4, schedule=schedule))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_schedule_that_would_kill_the_server_later_is_refused_now(
 )
 def test_a_speculation_that_cannot_work_is_refused(speculation: Speculation, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        speculative_config(speculation)
+        startable_config(speculation)
 
 
 @pytest.mark.parametrize(

@@ -90,15 +90,6 @@ class Fleet:
         self._servers.pop(arm.name, None)
         return self._start(arm)
 
-    def forget_prompts(self, arm: Arm) -> None:
-        """Empty the prefix cache of a server that specwise started, so that trials start equal.
-
-        A server given by URL keeps its cache; its hit rate is in the trial's counters.
-        """
-        server = self._servers.get(arm.name)
-        if server is not None:
-            server.reset_prefix_cache()
-
     def alive(self, arm: Arm) -> bool:
         """Whether the server of ``arm`` is not known to have died."""
         if arm.url is not None:
@@ -120,9 +111,7 @@ class Fleet:
         speculation = self._resolve_draft(arm.speculation)
         self._note(f"starting the server of arm {arm.name} ({deployment.served_name})")
         began = time.monotonic()
-        server = Server.start(
-            deployment, speculation, log_path=self._log_path(arm.name), dev_endpoints=True
-        )
+        server = Server.start(deployment, speculation, log_path=self._log_path(arm.name))
         self._servers[arm.name] = server
         server.wait_ready()
         self._note(f"arm {arm.name} is up after {time.monotonic() - began:.0f} s")

@@ -162,9 +162,8 @@ class _Sitting:
                 self.listener.note(f"{trial.trial_id}: the server went away; going on")
             self._check_stop()
             target = self.fleet.ready(arm)
-            _warm_up(target, self.prompts.warmup(self.design.workload(trial.workload)))
+            _warm_up(target, self.prompts.warmup(self.design.workload(trial.workload)), trial)
             self._check_stop()
-            self.fleet.forget_prompts(arm)
             self._run_part(trial, [c for c in chosen if c.index in remaining], target)
         if self.folder.remaining(trial):
             self._check_stop()
@@ -244,7 +243,8 @@ class _Sitting:
         times: Sequence[float | None] = [None] * len(chosen)
         if trial.load.loop is Loop.OPEN:
             times = self._arrival_times(trial.load, trial.repeat, len(chosen), part)
-        return [_planned(c, target, at) for c, at in zip(chosen, times, strict=True)]
+        salt = f"{self.design.name}-{trial.trial_id}-{part}"
+        return [_planned(c, target, at, salt) for c, at in zip(chosen, times, strict=True)]
 
     def _arrival_times(
         self, load: LoadPoint, repeat: int, count: int, part: int
@@ -264,8 +264,17 @@ class _Sitting:
 
 
 def _planned(
-    chosen: ChosenPrompt, target: Target, intended_s: float | None, max_tokens: int | None = None
+    chosen: ChosenPrompt,
+    target: Target,
+    intended_s: float | None,
+    salt: str,
+    max_tokens: int | None = None,
 ) -> PlannedRequest:
+    """The request for a prompt. ``salt`` keeps the prefix cache of one trial from another's.
+
+    vLLM hashes ``cache_salt`` into its prefix-cache keys (0.9 and later; earlier versions ignore
+    it), so a prompt finds what its own trial cached, as in production, and nothing else.
+    """
     segment, prompt = chosen.segment, chosen.prompt
     limit = min(prompt.max_tokens or segment.max_tokens, segment.max_tokens)
     return PlannedRequest(
@@ -281,12 +290,13 @@ def _planned(
             max_tokens=min(limit, max_tokens or limit),
             temperature=segment.temperature,
             top_p=segment.top_p,
+            extra={"cache_salt": salt},
         ),
         intended_s=intended_s,
     )
 
 
-def _warm_up(target: Target, chosen: Sequence[ChosenPrompt]) -> None:
+def _warm_up(target: Target, chosen: Sequence[ChosenPrompt], trial: Trial) -> None:
     """Send the warm-up requests together; ServerError if the server refuses their kind."""
     refused: list[RequestRecord] = []
 
@@ -297,7 +307,7 @@ def _warm_up(target: Target, chosen: Sequence[ChosenPrompt]) -> None:
     if not chosen:
         return
     run_load(
-        [_planned(c, target, None, WARMUP_MAX_TOKENS) for c in chosen],
+        [_planned(c, target, None, f"warm-up-{trial.trial_id}", WARMUP_MAX_TOKENS) for c in chosen],
         target=target,
         concurrency=len(chosen),
         part=0,

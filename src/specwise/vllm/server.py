@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +26,7 @@ import httpx
 
 from specwise.domain import Deployment, Speculation
 from specwise.errors import EngineError, InputError, ServerError
-from specwise.vllm import engine, metrics
+from specwise.vllm import engine, flags, metrics
 from specwise.vllm.server_watchdog import living_members
 
 EMBEDDED = "embedded"
@@ -150,7 +150,7 @@ def launch_command(
     if "--enable-prompt-tokens-details" not in given and number >= (0, 8):
         command.append("--enable-prompt-tokens-details")  # cached tokens in each answer's usage
     if speculation is not None:
-        config = json.dumps(speculative_config(speculation), separators=(",", ":"))
+        config = json.dumps(startable_config(speculation), separators=(",", ":"))
         command += ["--speculative-config", config]
         flag = "--per-request-spec-decode-metrics"
         if flag not in given and number >= _PER_REQUEST_METRICS_SINCE:
@@ -158,12 +158,12 @@ def launch_command(
     return command
 
 
-def speculative_config(speculation: Speculation) -> dict[str, Any]:
-    """The fields of vLLM's ``--speculative-config``; InputError for values that cannot work."""
-    config: dict[str, Any] = {"method": speculation.method}
-    if speculation.draft is not None:
-        config["model"] = speculation.draft
-    elif speculation.method in _NEEDS_DRAFT:
+def startable_config(speculation: Speculation) -> dict[str, Any]:
+    """The value of ``--speculative-config``; InputError for a speculation that cannot start.
+
+    Checked here are the values that vLLM refuses, or accepts and chokes on a minute later.
+    """
+    if speculation.draft is None and speculation.method in _NEEDS_DRAFT:
         raise InputError(
             f"The method {speculation.method} needs a draft model.", "Name it in the field draft."
         )
@@ -172,18 +172,16 @@ def speculative_config(speculation: Speculation) -> dict[str, Any]:
             f"The draft length k is {speculation.k}.",
             "Set k to at least 1; an arm without speculation has no speculation section.",
         )
-    config["num_speculative_tokens"] = speculation.k
     if speculation.schedule:
         _check_schedule(speculation)
-        rows = [list(row) for row in speculation.schedule]
-        config["num_speculative_tokens_per_batch_size"] = rows
-    twice = config.keys() & speculation.options.keys()
+    own = flags.speculative_config(replace(speculation, options={}))
+    twice = own.keys() & speculation.options.keys()
     if twice:
         raise InputError(
             f"The speculation's options repeat {', '.join(sorted(twice))}.",
             "Set method, draft, k and schedule in their own fields only.",
         )
-    return config | dict(speculation.options)
+    return flags.speculative_config(speculation)
 
 
 def _check_schedule(speculation: Speculation) -> None:
