@@ -214,19 +214,25 @@ def simulate(
     repeats: int,
     trial_sd: float,
     request_sd: tuple[float, float, float],
+    reaction_sd: float | None = None,
     shared_prompts: bool = False,
     noise_floor: bool = False,
     requests: int = 32,
 ) -> dict[CellKey, tuple[TrialTable, ...]]:
     """Cells at one load. A request's time per token: prompt x arm x trial x request noise.
 
-    The arm's effect differs by prompt too, so that the choice of prompts matters.
+    The arm's effect differs by prompt too, so that the choice of prompts matters, by
+    ``reaction_sd`` (as much as the requests' noise where it is None).
     """
     measured: dict[CellKey, tuple[TrialTable, ...]] = {}
     for workload, sd in zip(WORKLOADS, request_sd, strict=True):
         tokens = rng.integers(20, 80, (repeats, requests)).astype(np.float64)
         hardness = rng.normal(0, 0.3, (repeats, requests))
-        reaction = {arm: rng.normal(0, sd, (repeats, requests)) for arm in TRUE_SPEEDUP}
+        spread = sd if reaction_sd is None else reaction_sd
+        # Centred so that the mean of exp(reaction), which a ratio of sums sees, is 1.
+        reaction = {
+            arm: rng.normal(-(spread**2) / 2, spread, (repeats, requests)) for arm in TRUE_SPEEDUP
+        }
         names = np.arange(repeats * requests).reshape(repeats, requests)
         if shared_prompts:
             tokens, hardness = (np.repeat(a[:1], repeats, 0) for a in (tokens, hardness))
@@ -290,9 +296,10 @@ def coverage(studies: int, **noise: object) -> tuple[float, float]:
         (
             120,
             {
-                "repeats": 2,
-                "trial_sd": 0.02,
-                "request_sd": (0.1, 0.2, 0.1),
+                "repeats": 4,
+                "trial_sd": 0.075,
+                "request_sd": (0.02, 0.02, 0.02),
+                "reaction_sd": 0.3,
                 "shared_prompts": True,
             },
         ),

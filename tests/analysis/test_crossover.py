@@ -61,6 +61,14 @@ def test_a_crossing_that_only_one_end_shows_has_an_open_bound() -> None:
     assert found.high is None
 
 
+def test_a_crossing_below_the_loads_is_open_below() -> None:
+    found = find([0.01, -0.1, -0.2, -0.3, -0.4, -0.5], se=0.03)
+    assert found.outcome == "undecided"
+    assert found.low is None
+    assert found.high is not None
+    assert found.high < 4
+
+
 def test_the_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(5)
     slope, se, covered = 0.25, 0.04, []
