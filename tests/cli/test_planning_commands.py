@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,21 @@ def test_help_shows_an_example_that_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_speed(name: str) -> None:
-    """Under 0.6 s from a cold process; the best of three, since the machine is shared."""
+    """Under 0.6 s from a cold process.
+
+    Processor time of the process, since these commands wait for nothing and the machine that runs
+    the tests may be busy; the best of three.
+    """
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-m", "specwise.cli.main", *COMMANDS[name]],
             check=False,
             capture_output=True,
         )
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.6
 
 
@@ -146,6 +151,16 @@ def test_flags_forms_and_versions() -> None:
     assert config["speculative_config"]["max_model_len"] == 9
     for bad in (["--vllm", "x"], ["--schedule", "1-2"], ["--set", "x"], ["--schedule", "[[1"]):
         assert run("flags", "t", "--draft", "d", *bad)[0] == 2
+
+
+def test_flags_know_the_pair() -> None:
+    """The Qwen trap is repaired where the version can, and refused where it cannot."""
+    words = ["flags", "qwen2.5-72b", "--draft", "qwen2.5-3b"]
+    today = ask(*words, "--vllm", "0.33.0")
+    assert today["speculative_config"]["use_heterogeneous_vocab"] is True
+    assert today["words"][2] == "Qwen/Qwen2.5-72B-Instruct"
+    assert run(*words, "--vllm", "0.33.0")[0] == 0
+    assert run(*words, "--vllm", "0.20.0")[0] == 1
 
 
 def test_lint_inputs(tmp_path: Path) -> None:

@@ -54,11 +54,12 @@ def main():
 
     lines = []
 
-    class Keep(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
+    def keep(record):
+        lines.append(record.getMessage())
+        return True
 
-    logging.getLogger("vllm").addHandler(Keep())
+    # A filter, because vLLM's own set-up of logging takes handlers away again.
+    logging.getLogger("vllm.v1.core.kv_cache_utils").addFilter(keep)
     from vllm.distributed import cleanup_dist_env_and_memory
 
     for name, options in asked["caches"].items():

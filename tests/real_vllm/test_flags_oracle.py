@@ -202,15 +202,18 @@ def _split(text: str) -> list[str]:
 # -------------------------------------------------------------------------------- KV caches
 
 POOL = {"64 MiB": 2**26, "100 MB": 100_000_000, "1 GiB less a byte": 2**30 - 1}
-CACHES: dict[str, tuple[str, str | None, int, str, str | None, int]] = {
-    # target, draft, pool, target's KV dtype, draft's KV dtype, longest request
-    "alone": ("target", None, POOL["64 MiB"], "auto", None, 1000),
-    "one kv head": ("wide", None, POOL["100 MB"], "auto", None, 4096),
-    "with a draft": ("target", "draft", POOL["64 MiB"], "auto", None, 2048),
-    "wide with a draft": ("wide", "draft", POOL["1 GiB less a byte"], "auto", None, 777),
-    "fp8": ("wide", None, POOL["64 MiB"], "fp8", None, 2048),
-    "fp8 with a draft": ("target", "draft", POOL["100 MB"], "fp8", None, 1000),
-    "float32": ("target", "draft", POOL["100 MB"], "float32", None, 1536),
+BATCHED = 512  # max_num_batched_tokens: how far a window reaches in one step
+CACHES: dict[str, tuple[str, str | None, int, str, int]] = {
+    # target, draft, pool, KV dtype, longest request
+    "alone": ("target", None, POOL["64 MiB"], "auto", 1000),
+    "one kv head": ("wide", None, POOL["100 MB"], "auto", 4096),
+    "with a draft": ("target", "draft", POOL["64 MiB"], "auto", 2048),
+    "wide with a draft": ("wide", "draft", POOL["1 GiB less a byte"], "auto", 777),
+    "fp8": ("wide", None, POOL["64 MiB"], "fp8", 2048),
+    "fp8 with a draft": ("target", "draft", POOL["100 MB"], "fp8", 1000),
+    "float32": ("target", "draft", POOL["100 MB"], "float32", 1536),
+    "all windows": ("mistral", None, POOL["64 MiB"], "auto", 2048),
+    "five windows to one": ("gemma3", None, POOL["64 MiB"], "auto", 2048),
 }
 _KV_BITS = {"auto": 16, "fp8": 8, "float32": 32}
 
@@ -218,12 +221,13 @@ _KV_BITS = {"auto": 16, "fp8": 8, "float32": 32}
 def caches(models: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Arguments of ``vllm.LLM`` for each cache."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (target, draft, pool, dtype, _, longest) in CACHES.items():
+    for name, (target, draft, pool, dtype, longest) in CACHES.items():
         options: dict[str, Any] = {
             "model": models[target],
             "max_model_len": longest,
             "kv_cache_memory_bytes": pool,
             "max_num_seqs": 8,
+            "max_num_batched_tokens": BATCHED,
         }
         if dtype == "float32":
             options["dtype"] = dtype
@@ -349,7 +353,7 @@ def test_vllm_accepts_the_articles_commands_rewritten(vllm_says: Answers) -> Non
 @pytest.mark.real_vllm
 @pytest.mark.parametrize("name", CACHES)
 def test_predicted_kv_tokens_are_vllms_own(vllm_says: Answers, name: str) -> None:
-    target, draft, pool, dtype, _, longest = CACHES[name]
+    target, draft, pool, dtype, longest = CACHES[name]
     capacity = kv_capacity(
         [
             CachedModel(from_folder(Path(vllm_says.models[role])).kv_groups, _KV_BITS[dtype])
@@ -359,6 +363,7 @@ def test_predicted_kv_tokens_are_vllms_own(vllm_says: Answers, name: str) -> Non
         pool_bytes=pool,
         max_model_len=longest,
         block_tokens=128,
+        max_batched_tokens=BATCHED,
     )
     assert capacity.tokens == vllm_says.tokens[name]
 

@@ -46,6 +46,24 @@ MTP = {
 }
 
 
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "sliding_window": 256,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    "query_pre_attn_scalar": 32,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 256,
+}
+
+
 def make(folder: Path, **changes: Any) -> Path:
     """A Llama checkpoint folder with those config fields changed."""
     from tokenizers import Tokenizer, models
@@ -70,7 +88,7 @@ def make(folder: Path, **changes: Any) -> Path:
 
 
 def make_all(root: Path) -> dict[str, str]:
-    """Folders by role: target, drafts, heads and a target with an MTP layer."""
+    """Folders by role: target, drafts, heads, an MLA target with an MTP layer, windows."""
     roles: dict[str, dict[str, Any]] = {
         "target": {},
         "wide": {"num_hidden_layers": 6, "num_key_value_heads": 1},
@@ -83,5 +101,7 @@ def make_all(root: Path) -> dict[str, str]:
         },
         "eagle": {"architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1},
         "mtp": MTP,
+        "gemma3": GEMMA3,
+        "mistral": MISTRAL,
     }
     return {role: str(make(root / role, **changes)) for role, changes in roles.items()}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 
 import click
 
 from specwise.domain import Speculation
 from specwise.errors import InputError
+from specwise.facts.checkpoint import full_name
+from specwise.planning.pairing import model_facts
 from specwise.vllm.command import Version, names, to_container_args, to_shell, to_words, to_yaml
+from specwise.vllm.findings import ADVICE, ERROR
 from specwise.vllm.flags import ServeOptions, serve_command
+from specwise.vllm.lint import lint
 
 _FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
 
@@ -81,7 +86,10 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
     "--format", "form", type=click.Choice([*_FORMATS]), default="shell", show_default=True
 )
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.pass_context
 def flags(  # noqa: PLR0917 (click passes by name)
+    ctx: click.Context,
+    /,
     target: str,
     method: str | None,
     draft: str | None,
@@ -105,18 +113,19 @@ def flags(  # noqa: PLR0917 (click passes by name)
 ) -> None:
     """What do I pass to my vLLM version to serve TARGET with speculation?
 
-    TARGET and --draft are written as given: use the folder or hub id that your server will see.
+    TARGET and --draft are written as given (use the folder or hub id that your server will see);
+    built-in short names become hub ids. Exit code 1 if vLLM would refuse the pair.
     """
     method = method or ("draft_model" if draft else "ngram")
     speculation = Speculation(
         method=method,
         k=k,
-        draft=draft,
+        draft=full_name(draft) if draft else None,
         schedule=read_schedule(schedule) if schedule else (),
         options=read_options(fields),
     )
     options = ServeOptions(
-        model=target,
+        model=full_name(target),
         version=Version.parse(version) if version else names().newest,
         speculation=speculation,
         tensor_parallel=tp,
@@ -131,15 +140,25 @@ def flags(  # noqa: PLR0917 (click passes by name)
         acceptance=acceptance,
         draft_sampling=draft_sampling,
     )
-    command = serve_command(options)
-    if not as_json:
+    made = serve_command(options)
+    facts = {"target": model_facts(target), "draft": model_facts(draft)}
+    result = lint(made, options.version, **facts)
+    # Advice is for commands found in the wild; what the checkpoints forbid is repaired and said.
+    findings = [f for f in result.findings if f.severity != ADVICE]
+    command = replace(result.corrected if findings else made, notes=made.notes)
+    again = lint(command, options.version, **facts).findings
+    if as_json:
+        answer = {
+            "vllm": str(options.version),
+            "words": to_words(command),
+            "speculative_config": command.speculation,
+            "notes": dict(command.notes),
+            "findings": [asdict(f) for f in findings],
+            form: _FORMATS[form](command),
+        }
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.severity}: {finding.what} {finding.fix}", err=True)
         click.echo(_FORMATS[form](command))
-        return
-    answer = {
-        "vllm": str(options.version),
-        "words": to_words(command),
-        "speculative_config": command.speculation,
-        "notes": dict(command.notes),
-        form: _FORMATS[form](command),
-    }
-    click.echo(json.dumps(answer, indent=2))
+    ctx.exit(1 if any(f.severity == ERROR for f in again) else 0)

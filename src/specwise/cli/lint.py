@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from specwise.errors import CommandError
-from specwise.facts.checkpoint import load_local
+from specwise.planning.pairing import model_facts
 from specwise.vllm.command import (
     ServeCommand,
     Version,
@@ -24,7 +24,7 @@ from specwise.vllm.command import (
     to_words,
     to_yaml,
 )
-from specwise.vllm.findings import Finding, ModelFacts
+from specwise.vllm.findings import Finding
 from specwise.vllm.lint import lint as run_lint
 
 _COLOURS = {"error": "red", "warning": "yellow", "advice": "cyan"}
@@ -59,15 +59,6 @@ def _read(words: tuple[str, ...], pid: int | None) -> ServeCommand:
     return read_command(content)
 
 
-def _facts(name: object) -> ModelFacts:
-    """What the checkpoint's metadata says, if it is a folder or a built-in model; never the hub."""
-    checkpoint = load_local(name) if isinstance(name, str) else None
-    if checkpoint is None:
-        return ModelFacts()
-    method = checkpoint.quantization.method if checkpoint.quantization else None
-    return ModelFacts(checkpoint.vocab_size, method, checkpoint.max_positions)
-
-
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog="Example: specwise lint 'vllm serve llama-3.1-70b --speculative-model llama-3.1-8b "
@@ -99,8 +90,8 @@ def lint(  # noqa: PLR0917 (click passes by name)
     wanted = Version.parse(version) if version else parsed.version or names().newest
     config = parsed.speculation or {}
     draft = config.get("model") or parsed.get("--speculative-model")
-    target_facts = _facts(parsed.model)
-    result = run_lint(parsed, wanted, target=target_facts, draft=_facts(draft))
+    target_facts = model_facts(parsed.model)
+    result = run_lint(parsed, wanted, target=target_facts, draft=model_facts(draft))
     findings = result.findings
     if gpu is not None:
         from specwise.planning.memory import command_findings  # noqa: PLC0415

@@ -101,6 +101,12 @@ def table_name(name: str) -> str | None:
     return None
 
 
+def full_name(name: str) -> str:
+    """The hub id of a built-in model's short name; anything else as it is."""
+    known = table_name(name) if "/" not in name and not _is_dir(Path(name).expanduser()) else None
+    return known or name
+
+
 def _near_names(name: str) -> list[str]:
     import difflib  # noqa: PLC0415 (only for the error)
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specwise.domain import Checkpoint
+from specwise.facts.checkpoint import load_local
 from specwise.facts.tokenizer import TokenizerComparison, compare_tokenizers, read_tokenizer
 from specwise.planning.memory import nominal_billions, weight_bytes
 from specwise.vllm.command import Version, names
-from specwise.vllm.findings import ADVICE, ERROR, WARNING, Finding
+from specwise.vllm.findings import ADVICE, ERROR, WARNING, Finding, ModelFacts
 from specwise.vllm.flags import method_problem
 
 GOOD = "good"
@@ -115,6 +116,15 @@ def judge_pair(target: Checkpoint, draft: Checkpoint, version: Version | None = 
         tokenizers=comparison,
         findings=tuple(findings),
     )
+
+
+def model_facts(name: object) -> ModelFacts:
+    """What lint needs to know of a model, if it is a folder or a built-in one; never the hub."""
+    checkpoint = load_local(name) if isinstance(name, str) else None
+    if checkpoint is None:
+        return ModelFacts()
+    method = checkpoint.quantization.method if checkpoint.quantization else None
+    return ModelFacts(checkpoint.vocab_size, method, checkpoint.max_positions)
 
 
 def rank_pairs(reports: Sequence[PairReport]) -> tuple[PairReport, ...]:
