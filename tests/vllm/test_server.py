@@ -327,6 +327,17 @@ def test_a_server_that_never_gets_ready(tmp_path: Path) -> None:
             server.wait_ready(0.1, period_s=0.02)
 
 
+def test_a_nicer_server_makes_way_for_the_client(tmp_path: Path) -> None:
+    with Server.launch(
+        [sys.executable, "-c", "import time; time.sleep(30)"],
+        environment=dict(os.environ),
+        log_path=tmp_path / "log",
+        niceness=5,
+    ) as server:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, server.pid) == min(19, own + 5)
+
+
 def test_a_command_that_does_not_exist_leaves_no_watchdog(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Server.launch(["/nowhere/python"], environment={}, log_path=tmp_path / "log")
