@@ -310,7 +310,8 @@ def test_intervals_cover_and_equal_arms_are_left_undecided(
     studies: int, noise: dict[str, object]
 ) -> None:
     covered, wrong = coverage(studies, **noise)
-    assert 0.92 <= covered <= 0.985
+    # Without any trial noise its estimate can only err upwards: intervals are wide there.
+    assert 0.92 <= covered <= (0.985 if noise["trial_sd"] else 0.995)
     assert wrong <= 0.065 if studies == 400 else 0.1
 
 
