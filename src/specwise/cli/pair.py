@@ -23,6 +23,9 @@ _COLOURS = {"error": "red", "warning": "yellow", "advice": "cyan", "good": "gree
     help="What the server is for.",
 )  # fmt: skip
 @click.option("--vllm", "version", help="vLLM version (default: the newest known).")
+@click.option(
+    "--round-trip", is_flag=True, help="Encode test texts even if vocabularies are large."
+)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.pass_context
 def pair(  # noqa: PLR0917 (click passes by name)
@@ -32,6 +35,7 @@ def pair(  # noqa: PLR0917 (click passes by name)
     drafts: tuple[str, ...],
     workload: str,
     version: str | None,
+    round_trip: bool,
     as_json: bool,
 ) -> None:
     """Is this draft sensible for this TARGET?
@@ -42,7 +46,9 @@ def pair(  # noqa: PLR0917 (click passes by name)
     wanted = Version.parse(version) if version else None
     model = load_checkpoint(target)
     if drafts:
-        reports = rank_pairs([judge_pair(model, load_checkpoint(d), wanted) for d in drafts])
+        reports = rank_pairs(
+            [judge_pair(model, load_checkpoint(d), wanted, round_trip=round_trip) for d in drafts]
+        )
     else:
         reports = known_drafts(model, wanted)
     methods = advise_methods(model, workload, reports, wanted)

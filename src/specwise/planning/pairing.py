@@ -80,12 +80,18 @@ class PairReport:
         return not refused and self.band.name not in {"too small", "too large"}
 
 
-def judge_pair(target: Checkpoint, draft: Checkpoint, version: Version | None = None) -> PairReport:
-    """All findings for a draft, worst first."""
+def judge_pair(
+    target: Checkpoint,
+    draft: Checkpoint,
+    version: Version | None = None,
+    *,
+    round_trip: bool = False,
+) -> PairReport:
+    """All findings for a draft, worst first; ``round_trip`` as in ``compare_tokenizers``."""
     version = version or names().newest
     ratio = target.parameters / max(draft.parameters, 1)
     active = target.active_parameters / max(draft.active_parameters, 1)
-    comparison = _compare(target, draft)
+    comparison = _compare(target, draft, round_trip)
     band = ratio_band(active)
     findings: list[Finding] = []
     if draft.head_method:
@@ -177,7 +183,7 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
 
 
-def _compare(target: Checkpoint, draft: Checkpoint) -> TokenizerComparison | None:
+def _compare(target: Checkpoint, draft: Checkpoint, round_trip: bool) -> TokenizerComparison | None:
     """The tokenizers' contents compared, None if one of them is not at hand."""
     if target.folder is None or draft.folder is None:
         return None
@@ -188,7 +194,7 @@ def _compare(target: Checkpoint, draft: Checkpoint) -> TokenizerComparison | Non
         if all(a == b for a, b in same):
             return TokenizerComparison("same", ())
     one, other = (read_tokenizer(f.parent) for f in files)
-    return compare_tokenizers(one, other) if one and other else None
+    return compare_tokenizers(one, other, round_trip=round_trip) if one and other else None
 
 
 def _tokenizers(
