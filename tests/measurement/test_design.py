@@ -30,6 +30,7 @@ prompts = "b.jsonl"
 [load]
 concurrency = [4, 1]
 requests = [40, 10]
+production_workload = "a"
 """
 
 
@@ -98,6 +99,8 @@ def test_servers_that_exclude_each_other_run_arm_by_arm() -> None:
         (("requests = [40, 10]", "requests = [40]"), "1 entries for 2 load points"),
         (("requests = [40, 10]", "production = 9"), "not among the load points"),
         (('name = "s"', "name = "), "not valid TOML"),
+        (('production_workload = "a"', ""), "which workload is production's"),
+        (('production_workload = "a"', 'production_workload = "c"'), "'c' is neither a segment"),
         (('name = "s"', 'name = "s"\nschema = 9'), "schema = 9"),
         (('prompts = "a.jsonl"', 'prompts = "a.jsonl"\ntemperature = 3'), "segment.0.temperature"),
         (('url = "http://127.0.0.1:1"', ""), "neither a url nor a model"),

@@ -120,6 +120,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, clock: Clock, sock: socket.socket) -> None:
         self._clock = clock
         self._socket = sock
+        self._poller = select.poll()
+        self._poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
         self._transport: Any = None
         self._parser: Any = None
         self._exchange: Exchange | None = None
@@ -157,19 +159,19 @@ class Connection(asyncio.Protocol):
                 self._exchange = None
                 self.abort()
 
+    @property
+    def kept_alive(self) -> bool:
+        """Whether the last answer left it open, and nothing has closed it since."""
+        return self._keep_alive and self._exchange is None and not self._transport.is_closing()
+
     def reusable(self, now_s: float) -> bool:
         """Whether another request may go out on it: alive as far as this machine can know."""
-        if not self._keep_alive or self._transport.is_closing() or self._exchange is not None:
+        if not self.kept_alive:
             return False
         if self._served and now_s - self.idle_since_s > _MAX_IDLE_S:
             return False
         # The event loop may not have looked since the server closed: ask the kernel.
-        poller = select.poll()
-        try:
-            poller.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
-            return not poller.poll(0)
-        except (OSError, ValueError):
-            return False
+        return not self._poller.poll(0)
 
     def abort(self) -> None:
         """Close at once."""
@@ -362,7 +364,7 @@ class ConnectionPool:
 
     def release(self, connection: Connection) -> None:
         """Give a connection back; it is kept if the server keeps it."""
-        if connection.reusable(self._clock()):
+        if connection.kept_alive:
             self._idle.append(connection)
         else:
             self.discard(connection)

@@ -199,8 +199,7 @@ def _design(table: _StudyTable, name: str) -> StudyDesign:
     loads = _loads(table.load, name)
     per_load = _requests(table.load, loads, name)
     production = _production_load(table.load, loads, name)
-    default_workload = next((w for w in workloads if w.is_mix), workloads[0]).name
-    production_workload = table.load.production_workload or default_workload
+    production_workload = table.load.production_workload or _production_workload(workloads, name)
     if production_workload not in [w.name for w in workloads]:
         raise StudyFileError(
             f"{name}: load.production_workload {production_workload!r} is neither a segment nor "
@@ -360,6 +359,18 @@ def _requests(load: _LoadTable, loads: tuple[LoadPoint, ...], name: str) -> Mapp
         )
     by_value = dict(zip(values, load.requests, strict=True))
     return {point: by_value[point.value] for point in loads}
+
+
+def _production_workload(workloads: tuple[Workload, ...], name: str) -> str:
+    """The only mix, or the only segment; what production sends cannot be guessed beyond that."""
+    candidates = [w for w in workloads if w.is_mix] or list(workloads)
+    if len(candidates) == 1:
+        return candidates[0].name
+    raise StudyFileError(
+        f"{name}: which workload is production's? It could be any of "
+        f"{', '.join(w.name for w in candidates)}.",
+        "Add the mix that production sends as a [[workload]], or set load.production_workload.",
+    )
 
 
 def _production_load(load: _LoadTable, loads: tuple[LoadPoint, ...], name: str) -> LoadPoint:

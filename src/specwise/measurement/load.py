@@ -36,7 +36,7 @@ from specwise.measurement.connection import (
 from specwise.vllm.response import Fault, StreamedResponse, StreamReader, error_message
 
 _LAG_PERIOD_S = 0.01
-_SLICE_PIECES = 64
+_SLICE_PIECES = 128
 _MAX_SPARE = 4
 
 LIMIT_SHARE_OF_TTFT = 0.05
@@ -131,7 +131,9 @@ def run_load(
         stop=stop,
         clock=clock,
     )
+    collected = gc.isenabled()
     gc.collect()
+    gc.disable()  # a pass over a long run's records would hold up every stream for milliseconds
     switch_interval_s = sys.getswitchinterval()
     # Other threads (progress, metrics) must hand the interpreter back soon: 5 ms is the default.
     sys.setswitchinterval(min(switch_interval_s, 0.0005))
@@ -140,6 +142,8 @@ def run_load(
             runner.run(run.execute())
     finally:
         sys.setswitchinterval(switch_interval_s)
+        if collected:
+            gc.enable()
     return run.result()
 
 
@@ -387,25 +391,38 @@ class _Run:
 
     async def _record_ended(self) -> None:
         """Read and record what ended, in slices short enough not to delay a time stamp."""
+        pieces_read = 0
         while True:
             while self._ended:
                 request, intended_s, exchange = self._ended.popleft()
                 reader = StreamReader(speculative=self._target.speculative)
-                for i, piece in enumerate(exchange.pieces):
-                    reader.feed(exchange.times_s[i] - self._start_s, piece)
-                    if i % _SLICE_PIECES == _SLICE_PIECES - 1:
+                times_s, pieces = exchange.times_s, exchange.pieces
+                for i in range(0, len(pieces), _SLICE_PIECES):
+                    reader.feed_all(times_s[i : i + _SLICE_PIECES], pieces[i : i + _SLICE_PIECES])
+                    pieces_read += min(_SLICE_PIECES, len(pieces) - i)
+                    if pieces_read >= _SLICE_PIECES:
+                        pieces_read = 0
                         await asyncio.sleep(0)
-                response = reader.finish(exchange.finished_s - self._start_s)
-                record = self._record(request, intended_s - self._start_s, exchange, response)
-                if record.first_token_s is not None:
-                    self._ttfts.append(record.first_token_s - record.intended_s)
-                self._finished += 1
-                self._on_record(record)
-                await asyncio.sleep(0)
+                self._keep(request, intended_s, exchange, reader.finish(exchange.finished_s))
+                pieces_read += _SLICE_PIECES // 4
             if self._all_sent:
                 return
             self._something_ended.clear()
             await self._something_ended.wait()
+
+    def _keep(
+        self,
+        request: PlannedRequest,
+        intended_s: float,
+        exchange: Exchange,
+        response: StreamedResponse,
+    ) -> None:
+        record = self._record(request, intended_s, exchange, response)
+        first_token_s = record.first_token_s
+        if first_token_s is not None:
+            self._ttfts.append(first_token_s - record.intended_s)
+        self._finished += 1
+        self._on_record(record)
 
     def _record(
         self,
@@ -414,6 +431,7 @@ class _Run:
         exchange: Exchange,
         response: StreamedResponse,
     ) -> RequestRecord:
+        start_s = self._start_s
         outcome, error = _outcome(exchange, response)
         if error is not None:
             error = _presentable(error, self._target.headers, request.body)
@@ -423,11 +441,11 @@ class _Run:
             segment=request.segment,
             temperature=request.temperature,
             part=self._part,
-            intended_s=intended_s,
-            sent_s=(exchange.sent_s or 0.0) - self._start_s,
-            chunk_s=response.chunk_s,
+            intended_s=intended_s - start_s,
+            sent_s=(exchange.sent_s or 0.0) - start_s,
+            chunk_s=tuple([at_s - start_s for at_s in response.chunk_s]),
             chunk_tokens=response.chunk_tokens,
-            finished_s=exchange.finished_s - self._start_s,
+            finished_s=exchange.finished_s - start_s,
             outcome=outcome,
             status=exchange.status,
             error=error,
