@@ -28,6 +28,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+# What `vllm bench serve` runs, without the entry point, which the CPU distribution breaks.
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 CHUNKS = 64
 CHUNK_LOADS = (5_000, 20_000, 50_000)
 RATES = (50, 100, 200, 400)
@@ -37,13 +45,16 @@ PROMPT = "word " * 32
 # --- clients, each in a process of its own ------------------------------------------------------
 
 
-def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np
+# Imports stand inside: what a client does not need must not count against its start-up.
 
-    from specwise.domain import Api, RequestRecord
-    from specwise.measurement.arrivals import intended_times
-    from specwise.measurement.load import PlannedRequest, Target, run_load
-    from specwise.vllm.response import endpoint, request_body
+
+def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np  # noqa: PLC0415
+
+    from specwise.domain import Api, RequestRecord  # noqa: PLC0415
+    from specwise.measurement.arrivals import intended_times  # noqa: PLC0415
+    from specwise.measurement.load import PlannedRequest, Target, run_load  # noqa: PLC0415
+    from specwise.vllm.response import endpoint, request_body  # noqa: PLC0415
 
     body = request_body(Api.CHAT, model="m", prompt=PROMPT, max_tokens=CHUNKS, temperature=0.0)
     times = intended_times(
@@ -71,9 +82,9 @@ def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
-    import random
+    import random  # noqa: PLC0415
 
-    import aiohttp
+    import aiohttp  # noqa: PLC0415
 
     rng = random.Random(setting["seed"])  # noqa: S311
     body = {
@@ -173,7 +184,7 @@ def measure(client: str, setting: dict[str, Any], options: argparse.Namespace) -
 
 def run_vllm_bench(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [options.vllm_python, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        command = [options.vllm_python, "-c", VLLM_BENCH]
         command += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
         command += ["--base-url", setting["url"], "--model", "m", "--tokenizer", options.tokenizer]
         command += ["--dataset-name", "random", "--random-input-len", "32"]

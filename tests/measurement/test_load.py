@@ -382,6 +382,7 @@ def test_a_connection_closed_in_the_instant_of_reuse_is_no_failure(
         server = threading.Thread(target=serve, args=(listener,), daemon=True)
         server.start()
         _, records = load(f"http://127.0.0.1:{listener.getsockname()[1]}", plan(3))
+        idle.release()
         server.join(10)
     assert [r.outcome for r in records] == [Outcome.OK] * 3
     assert arrived == 3  # each request once

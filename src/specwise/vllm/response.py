@@ -112,35 +112,31 @@ def parse_event(payload: bytes) -> Event:
     try:
         choices = message.get("choices")
         if choices:
-            return _delta(choices[0], message.get("usage"))
+            choice = choices[0]
+            delta = choice.get("delta")
+            opens = False
+            if delta is None:
+                text = choice.get("text") or ""
+            else:
+                text = delta.get("content") or ""
+                if len(delta) > 1 or not text:
+                    text = _uncommon_text(delta) + text
+                    opens = not text and bool(delta.get("role"))
+            usage = message.get("usage")
+            output_tokens = prompt_tokens = None
+            if usage is not None:
+                output_tokens = usage.get("completion_tokens")
+                prompt_tokens = usage.get("prompt_tokens")
+                if type(output_tokens) is not int or type(prompt_tokens) is not int:
+                    output_tokens, prompt_tokens = _count(output_tokens), _count(prompt_tokens)
+            if type(text) is not str:
+                raise TypeError(text)
+            return Delta(text, choice.get("finish_reason"), output_tokens, prompt_tokens, opens)
         if message.get("error") or message.get("object") == "error":
             return Fault(error_message(message), by_server=True)
         return _summary(message)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError):
         return Fault("an event of the stream has not the shape of a completion chunk", False)
-
-
-def _delta(choice: dict[str, Any], usage: dict[str, Any] | None) -> Delta:
-    delta = choice.get("delta")
-    opens = False
-    if delta is None:
-        text = choice.get("text") or ""
-    else:
-        text = delta.get("content") or ""
-        if len(delta) > 1 or not text:
-            text = _uncommon_text(delta) + text
-            opens = not text and bool(delta.get("role"))
-    if type(text) is not str:
-        raise TypeError(text)
-    if usage is None:
-        return Delta(text, choice.get("finish_reason"), None, None, opens)
-    output_tokens = usage.get("completion_tokens")
-    if type(output_tokens) is not int:
-        output_tokens = _count(output_tokens)
-    prompt_tokens = usage.get("prompt_tokens")
-    if type(prompt_tokens) is not int:
-        prompt_tokens = _count(prompt_tokens)
-    return Delta(text, choice.get("finish_reason"), output_tokens, prompt_tokens, opens)
 
 
 def _uncommon_text(delta: dict[str, Any]) -> str:
@@ -231,14 +227,21 @@ class StreamReader:
 
     def feed(self, at_s: float, data: bytes) -> None:
         """Take the bytes that arrived at ``at_s``."""
-        if data[:7] == b"data: {" and data.find(b"\n") == len(data) - 2 and self._between_events():
-            # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
-            self._take(at_s, parse_event(data[6:]))
-        else:
-            self._feed_any(at_s, data)
+        self.feed_all((at_s,), (data,))
 
-    def _between_events(self) -> bool:
-        return not self._rest and self._started and not self._skip_line_feed
+    def feed_all(self, times_s: Sequence[float], pieces: Sequence[bytes]) -> None:
+        """Take several pieces: ``pieces[i]`` arrived at ``times_s[i]``."""
+        for at_s, data in zip(times_s, pieces, strict=True):
+            if (
+                data[:7] == b"data: {"
+                and data.find(b"\n") == len(data) - 2
+                and not self._rest
+                and not self._skip_line_feed
+            ):
+                # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
+                self._take(at_s, parse_event(data[6:]))
+            else:
+                self._feed_any(at_s, data)
 
     def _feed_any(self, at_s: float, data: bytes) -> None:
         if self._skip_line_feed and data:
