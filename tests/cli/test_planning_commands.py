@@ -34,7 +34,7 @@ def run(*words: str) -> tuple[int, str]:
 
 
 def ask(*words: str) -> Any:
-    return json.loads(run(*words, "--json")[1])
+    return json.loads(run(words[0], "--json", *words[1:])[1])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -149,6 +149,8 @@ def test_flags_forms_and_versions() -> None:
         "flags", "t", "--draft", "d", "--schedule", "1-8:3,9-64:0", "--set", "max_model_len=9"
     )
     assert config["speculative_config"]["max_model_len"] == 9
+    further = ask("flags", "t", "--k", "2", "--", "--port", "8001", "--enforce-eager")
+    assert further["words"][3:6] == ["--port", "8001", "--enforce-eager"]
     for bad in (["--vllm", "x"], ["--schedule", "1-2"], ["--set", "x"], ["--schedule", "[[1"]):
         assert run("flags", "t", "--draft", "d", *bad)[0] == 2
 

@@ -129,8 +129,8 @@ REFUSED: dict[str, str] = {
         "acceptance_method": "typical_acceptance_sampler"}}'""",
     "tp in the json": """-sc '{{"method": "draft_model", "model": "{draft}",
         "num_speculative_tokens": 3, "tensor_parallel_size": 1}}'""",
-    "draft tp": """-tp 4 -sc '{{"method": "draft_model", "model": "{draft}",
-        "num_speculative_tokens": 3, "draft_tensor_parallel_size": 2}}'""",
+    "draft tp": """-tp 2 -sc '{{"method": "draft_model", "model": "{draft}",
+        "num_speculative_tokens": 3, "draft_tensor_parallel_size": 4}}'""",
     "vocabulary size": """-sc '{{"method": "draft_model", "model": "{other}",
         "num_speculative_tokens": 3}}'""",
     "two vocabularies, sampled": """-sc '{{"method": "draft_model", "model": "{other}",
@@ -260,8 +260,14 @@ class Answers:
             )[4:]
             for name, text in ARTICLE_COMMANDS.items()
         }
+        self.repaired = {}
+        for name, words in (self.refused | self.silent).items():
+            target, draft = self.facts(words)
+            command = read_words(["vllm", "serve", *words])
+            result = lint(command, VERSION, target=target, draft=draft)
+            self.repaired[name] = to_words(result.corrected)[2:]
         commands = {}
-        for group in ("emitted", "refused", "silent", "article"):
+        for group in ("emitted", "refused", "silent", "article", "repaired"):
             commands |= {f"{group}: {n}": words for n, words in getattr(self, group).items()}
         # suffix decoding asks whether this package is there, and for no more in the config check
         (root / "stub" / "arctic_inference").mkdir(parents=True)
@@ -341,6 +347,13 @@ def test_vllm_refuses_the_broken_commands(vllm_says: Answers) -> None:
 def test_vllm_accepts_the_silent_ones(vllm_says: Answers) -> None:
     said = {n: vllm_says.said[f"silent: {n}"] for n in SILENT}
     assert {n: why for n, why in said.items() if why is not None} == {}
+
+
+@pytest.mark.real_vllm
+def test_vllm_accepts_the_corrected_commands(vllm_says: Answers) -> None:
+    """All but two: which draft and which method was meant only the user knows."""
+    said = {n: vllm_says.said[f"repaired: {n}"] for n in vllm_says.repaired}
+    assert {n for n, why in said.items() if why is not None} == {"no model", "method"}
 
 
 @pytest.mark.real_vllm

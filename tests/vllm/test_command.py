@@ -46,6 +46,20 @@ def test_one_command_in_many_forms(text: str) -> None:
     )
 
 
+def test_scripts() -> None:
+    script = (
+        "#!/bin/bash\nset -e  # it's safe\nexport A=1\ncd /models && "
+        "exec vllm serve m \\\n  --port 1 \\\n  --seed 2; echo done\nsleep 5\n"
+    )
+    read = c.read_command(script)
+    assert (read.model, read.stray) == ("m", ())
+    assert read.flags == (c.Flag("--port", ("1",)), c.Flag("--seed", ("2",)))
+    wrapped = c.read_command("vllm serve m\n  --port 1\n  --served-model-name a#b # why")
+    assert wrapped.flags == (c.Flag("--port", ("1",)), c.Flag("--served-model-name", ("a#b",)))
+    multi = c.read_command('vllm serve m --speculative-config \'{\n "method": "ngram"\n}\'')
+    assert multi.speculation == {"method": "ngram"}
+
+
 def test_environment_launcher_and_image_version() -> None:
     read = c.read_command(
         "CUDA_VISIBLE_DEVICES=0,1 python3 -m vllm.entrypoints.openai.api_server --model m"
@@ -218,7 +232,8 @@ def test_shell_round_trip(flags: list[tuple[str, str]], speculation: dict[str, o
         model="m", flags=tuple(c.Flag(n, (v,)) for n, v in flags), speculation=speculation
     )
     text = c.to_shell(command)
-    if "\n" not in "".join(v for _, v in flags) and "\\" not in "".join(v for _, v in flags):
+    values = "".join(v for _, v in flags)
+    if not set(values) & set("\n\r\\#"):
         assert c.read_command(text) == command
     assert c.read_words(c.to_words(command)) == command
 

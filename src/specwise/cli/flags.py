@@ -12,7 +12,15 @@ from specwise.domain import Speculation
 from specwise.errors import InputError
 from specwise.facts.checkpoint import full_name
 from specwise.planning.pairing import model_facts
-from specwise.vllm.command import Version, names, to_container_args, to_shell, to_words, to_yaml
+from specwise.vllm.command import (
+    Version,
+    names,
+    read_words,
+    to_container_args,
+    to_shell,
+    to_words,
+    to_yaml,
+)
 from specwise.vllm.findings import ADVICE, ERROR
 from specwise.vllm.flags import ServeOptions, serve_command
 from specwise.vllm.lint import lint
@@ -59,6 +67,7 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
     epilog="Example: specwise flags llama-3.1-70b --draft llama-3.1-8b --k 5 --tp 2 --draft-tp 1"
 )
 @click.argument("target")
+@click.argument("further", nargs=-1, type=click.UNPROCESSED)
 @click.option("--method", help="draft_model, ngram, eagle3, mtp, suffix, ... (default: by --draft)")
 @click.option("--draft", help="The draft model's or head's folder or hub id.")
 @click.option(
@@ -91,6 +100,7 @@ def flags(  # noqa: PLR0917 (click passes by name)
     ctx: click.Context,
     /,
     target: str,
+    further: tuple[str, ...],
     method: str | None,
     draft: str | None,
     k: int,
@@ -114,7 +124,8 @@ def flags(  # noqa: PLR0917 (click passes by name)
     """What do I pass to my vLLM version to serve TARGET with speculation?
 
     TARGET and --draft are written as given (use the folder or hub id that your server will see);
-    built-in short names become hub ids. Exit code 1 if vLLM would refuse the pair.
+    built-in short names become hub ids. FURTHER vLLM arguments follow after --. Exit code 1 if vLLM
+    would refuse the pair.
     """
     method = method or ("draft_model" if draft else "ngram")
     speculation = Speculation(
@@ -139,6 +150,7 @@ def flags(  # noqa: PLR0917 (click passes by name)
         kv_cache_dtype=kv_cache_dtype,
         acceptance=acceptance,
         draft_sampling=draft_sampling,
+        extra=read_words(["vllm", "serve", *further]).flags,
     )
     made = serve_command(options)
     facts = {"target": model_facts(target), "draft": model_facts(draft)}

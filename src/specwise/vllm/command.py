@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -163,19 +163,55 @@ class ServeCommand:
 
 
 def read_command(text: str) -> ServeCommand:
-    """A shell command, with its environment prefix, line continuations and docker wrapper.
+    """A shell command or script, with environment prefix, line continuations, docker wrapper.
 
-    Raises CommandError if quotes do not match or no vLLM server is started in it.
+    Of a script the first command that starts vLLM counts; a line that begins with a flag goes on
+    with the one before. Raises CommandError if quotes do not match or nothing starts vLLM.
     """
-    joined = re.sub(r"\\\r?\n", " ", text)
-    try:
-        words = shlex.split(joined, comments=True)
-    except ValueError as error:
-        raise CommandError(
-            f"The command cannot be split into words: {error}.",
-            "Check the quotes; the JSON of --speculative-config goes in single quotes.",
-        ) from error
-    return read_words(words)
+    joined = re.sub(r"\\\r?\n|\r?\n(?=[ \t]*-)", " ", text)
+    problem: CommandError | None = None
+    for words in _commands(joined):
+        try:
+            return read_words(words)
+        except CommandError as error:
+            problem = problem or error
+    raise problem or CommandError("The command is empty.", "Give `vllm serve MODEL ...`.")
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """The words of each line, where a line ends outside quotes; comments are left out."""
+    held = ""
+    for line in re.split(r"\r?\n", text):
+        if not held and line.lstrip().startswith("#"):
+            continue
+        held = f"{held}\n{line}" if held else line
+        try:
+            words = _split(held)
+        except ValueError:
+            continue  # a quote is open: the next line belongs to it
+        held = ""
+        if words:
+            yield words
+    if held:
+        uncommented = re.sub(r"\s#.*", "", held)
+        try:
+            words = _split(uncommented)
+        except ValueError as error:
+            raise CommandError(
+                f"The command cannot be split into words: {error}.",
+                "Check the quotes; the JSON of --speculative-config goes in single quotes.",
+            ) from error
+        yield words
+
+
+def _split(line: str) -> list[str]:
+    """Words as a shell sees them, operators by themselves, up to a comment."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split = True
+    lexer.commenters = ""
+    words = list(lexer)
+    end = next((i for i, word in enumerate(words) if word.startswith("#")), len(words))
+    return words[:end]
 
 
 def read_words(words: Sequence[str]) -> ServeCommand:
@@ -194,7 +230,7 @@ def read_words(words: Sequence[str]) -> ServeCommand:
 
 def _ends_command(word: str) -> bool:
     """Whether the shell would end the command here."""
-    return word in {"|", "||", "&", "&&", ";"} or re.match(r"\d?>", word) is not None
+    return re.match(r"[;&|]+$|\d?>", word) is not None
 
 
 def _find_launcher(words: list[str]) -> tuple[int, tuple[str, ...], Version | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specwise.domain import Speculation
@@ -199,7 +199,7 @@ class ServeOptions:
     """What the user wants served; None leaves vLLM's default.
 
     ``acceptance`` is "standard" (lossless), or "block", "synthetic", "fly", or V0's "typical".
-    ``extra`` are further vLLM arguments as (flag, value) with value None for a switch.
+    ``extra`` are further vLLM arguments, passed on.
     """
 
     model: str
@@ -216,7 +216,7 @@ class ServeOptions:
     kv_cache_dtype: str | None = None
     acceptance: str = "standard"
     draft_sampling: str | None = None
-    extra: tuple[tuple[str, str | None], ...] = field(default=())
+    extra: tuple[Flag, ...] = ()
 
 
 def serve_command(options: ServeOptions) -> ServeCommand:
@@ -252,8 +252,8 @@ def serve_command(options: ServeOptions) -> ServeCommand:
     add("--gpu-memory-utilization", options.utilization, note)
     add("--max-model-len", options.max_model_len, "longest request: bounds the KV cache it needs")
     add("--max-num-seqs", options.max_num_seqs, "most requests in a step")
-    for flag, value in options.extra:
-        command = command.with_flag(flag, *([value] if value is not None else []))
+    for flag in options.extra:
+        command = command.with_flag(flag.name, *flag.values)
     command = _add_speculation(command, options, notes)
     return _noted(command, notes)
 
