@@ -149,6 +149,9 @@ def test_flags_forms_and_versions() -> None:
         "flags", "t", "--draft", "d", "--schedule", "1-8:3,9-64:0", "--set", "max_model_len=9"
     )
     assert config["speculative_config"]["max_model_len"] == 9
+    ks = {m: ask("flags", "t", "--method", m)["speculative_config"]["num_speculative_tokens"]
+          for m in ("ngram", "mtp", "suffix")}  # fmt: skip
+    assert ks == {"ngram": 3, "mtp": 1, "suffix": 24}
     further = ask("flags", "t", "--k", "2", "--", "--port", "8001", "--enforce-eager")
     assert further["words"][3:6] == ["--port", "8001", "--enforce-eager"]
     for bad in (["--vllm", "x"], ["--schedule", "1-2"], ["--set", "x"], ["--schedule", "[[1"]):

@@ -76,7 +76,11 @@ def test_methods_by_version() -> None:
         command("0.12.0", DRAFT)
     assert '"method": "deepseek_mtp"' in command("0.9.2", Speculation("mtp", 1))
     assert '"method": "mtp"' in command("0.11.0", Speculation("mtp", 1))
-    assert "--speculative-model [ngram]" in command("0.6.0", Speculation("ngram", 4))
+    v0_ngram = command("0.6.0", Speculation("ngram", 4))
+    assert "--speculative-model [ngram]" in v0_ngram
+    assert "--ngram-prompt-lookup-max 4 --ngram-prompt-lookup-min 2" in v0_ngram
+    with pytest.raises(CommandError, match=r"before 0\.6\.4"):
+        command("0.6.0", DRAFT, tensor_parallel=2, draft_tensor_parallel=2)
     with pytest.raises(CommandError, match=r"came with vLLM 0\.11\.1"):
         command("0.10.0", Speculation("suffix", 8))
     with pytest.raises(CommandError, match="has no speculative method"):

@@ -186,6 +186,10 @@ def test_each_rule(text: str, rule: str, severity: str) -> None:
         ("vllm serve m", "0.5.0", "version-unknown"),
         ("vllm serve m --speculative-model d", "0.6.0", "k-missing"),
         ("vllm serve m --num-speculative-tokens 3", "0.6.0", "draft-missing"),
+        ("vllm serve m --speculative-model [ngram] --num-speculative-tokens 3", "0.7.3",
+         "lookup-default"),
+        ("vllm serve m --speculative-model d --num-speculative-tokens 3 -tp 4 "
+         "--speculative-draft-tensor-parallel-size 4", "0.6.3", "draft-tensor-parallel"),
         ("vllm serve m --speculative-model d --num-speculative-tokens 3 -tp 4 "
          "--speculative-draft-tensor-parallel-size 3", "0.6.0", "draft-tensor-parallel"),
     ],

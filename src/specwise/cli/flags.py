@@ -25,6 +25,7 @@ from specwise.vllm.findings import ADVICE, ERROR
 from specwise.vllm.flags import ServeOptions, serve_command
 from specwise.vllm.lint import lint
 
+_USUAL_K = {"mtp": 1, "suffix": 24}  # one MTP layer drafts one token well; suffix takes k as a cap
 _FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
 
 
@@ -71,7 +72,9 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.option("--method", help="draft_model, ngram, eagle3, mtp, suffix, ... (default: by --draft)")
 @click.option("--draft", help="The draft model's or head's folder or hub id.")
 @click.option(
-    "--k", type=click.IntRange(1, 10_000), default=3, help="Draft length.", show_default=True
+    "--k",
+    type=click.IntRange(1, 10_000),
+    help="Draft length (default: 3; mtp 1, suffix 24 at most).",
 )
 @click.option("--vllm", "version", help="vLLM version, e.g. 0.6.3 (default: the newest known).")
 @click.option("--tp", type=click.IntRange(1, 1024), default=1, help="GPUs that share the target.")
@@ -103,7 +106,7 @@ def flags(  # noqa: PLR0917 (click passes by name)
     further: tuple[str, ...],
     method: str | None,
     draft: str | None,
-    k: int,
+    k: int | None,
     version: str | None,
     tp: int,
     draft_tp: int | None,
@@ -130,7 +133,7 @@ def flags(  # noqa: PLR0917 (click passes by name)
     method = method or ("draft_model" if draft else "ngram")
     speculation = Speculation(
         method=method,
-        k=k,
+        k=k or _USUAL_K.get(method, 3),
         draft=full_name(draft) if draft else None,
         schedule=read_schedule(schedule) if schedule else (),
         options=read_options(fields),

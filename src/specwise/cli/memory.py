@@ -281,7 +281,7 @@ def _pool(plan: ServingPlan, gib: float, block: int) -> Answer:
 
 
 def _simple(plan: ServingPlan) -> Answer:
-    """The article's arithmetic."""
+    """Vendor gigabytes and bytes per parameter."""
     target = plans.nominal_billions(plan.target)
     draft = plans.nominal_billions(plan.draft) if plan.draft else 0.0
     total = plan.gpu.vendor_gb * plan.gpus

@@ -541,7 +541,9 @@ def simple_fit(
     utilization: float = 0.9,
     mixes: Sequence[tuple[str, str]] = MIXES,
 ) -> tuple[SimpleFit, ...]:
-    """The article's fit table (req: C1, C2, C4): bytes per parameter times billions, in GB.
+    """A fit table in vendor gigabytes: bytes per parameter times billions (req: C1, C2, C4).
+
+    After "Speculative Decoding on vLLM: A Configuration and Decision Framework" (July 2026).
 
     The first mix, most precise first, whose KV budget is at least a quarter of the memory is the
     recommended one; a mix that leaves less than a tenth of the memory is unusable.

@@ -21,7 +21,7 @@ from specwise.vllm.flags import method_problem
 GOOD = "good"
 SWEET_SPOT = (8.0, 12.0)  # target : draft parameters (req: A1)
 LARGEST_USUAL_GPU_BYTES = 80e9  # a target above this spans GPUs
-_ARTICLE = "rule of thumb: draft between 1:8 and 1:12 of the target"
+_RATIO_SOURCE = "rule of thumb: draft between 1:8 and 1:12 of the target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _ratio(
         "small": "Test it beside one nearer to 1:10.",
     }.get(band.name, "Test it.")
     yield Finding(
-        "ratio", band.severity, what, band.why[0].upper() + band.why[1:] + ".", fix, _ARTICLE
+        "ratio", band.severity, what, band.why[0].upper() + band.why[1:] + ".", fix, _RATIO_SOURCE
     )
     yield Finding(
         "load", ADVICE, "Load decides more than the ratio.",

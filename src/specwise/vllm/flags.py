@@ -26,6 +26,7 @@ from specwise.vllm.command import (
 V0_FLAGS_END = Version(0, 8, 3)  # EngineArgs lost --speculative-model and its kin
 JSON_START = Version(0, 8, 2)
 V1_ONLY = Version(0, 10, 0)  # vllm/spec_decode (the V0 workers) is gone
+V0_DRAFT_TP_LIKE_TARGET = Version(0, 6, 4)  # before that a draft ran on one GPU only
 DRAFT_MODEL_BACK = Version(0, 15, 0)  # until then EngineArgs raises NotImplementedError
 SCHEDULE_START = Version(0, 24, 0)
 DEFAULT_UTILIZATION_CHANGE = Version(0, 20, 0)
@@ -285,6 +286,10 @@ def _add_speculation(
     return command
 
 
+# vLLM's own default is 5 and 5, which finds repeats of five tokens only; V0 has none at all.
+_LOOKUP = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+
+
 def _config(speculation: Speculation, options: ServeOptions) -> dict[str, Any]:
     """The speculative configuration for the version; CommandError for what it cannot do."""
     version = options.version
@@ -298,6 +303,8 @@ def _config(speculation: Speculation, options: ServeOptions) -> dict[str, Any]:
     if speculation.k < 1:
         raise CommandError(f"k = {speculation.k} drafts nothing.", "Use 1 or more, 3 to start.")
     config = speculative_config(speculation, version)
+    if speculation.method in {"ngram", "ngram_gpu"} and not _LOOKUP.keys() & config.keys():
+        config.update(_LOOKUP)
     _set_draft_tp(config, options)
     if options.draft_quantization is not None:
         _check_quantization(options.draft_quantization, version)
@@ -326,12 +333,12 @@ def _set_draft_tp(config: dict[str, Any], options: ServeOptions) -> None:
     draft_tp = options.draft_tensor_parallel
     if draft_tp is None:
         return
-    if options.version < JSON_START and draft_tp not in {1, options.tensor_parallel}:
-        draft_tp = -1
-    if draft_tp not in {1, options.tensor_parallel}:
+    both = options.version >= V0_DRAFT_TP_LIKE_TARGET
+    if draft_tp not in {1, options.tensor_parallel if both else 1}:
         raise CommandError(
-            "A draft's tensor parallel size is 1 or the target's "
-            f"({options.tensor_parallel}); vLLM refuses others.",
+            "A draft's tensor parallel size is 1"
+            + (f" or the target's ({options.tensor_parallel})" if both else " before 0.6.4")
+            + "; vLLM refuses others.",
             "Use 1: a small draft gains nothing from being split.",
         )
     config["draft_tensor_parallel_size"] = draft_tp
@@ -487,6 +494,9 @@ def _speculation_note(config: Mapping[str, Any], version: Version) -> str:
         parts.append("fly is lossy: compare the output")
     elif "acceptance_method" in config:
         parts.append("typical acceptance is lossy: compare the output")
+    if "prompt_lookup_max" in config:
+        low = config.get("prompt_lookup_min", config["prompt_lookup_max"])
+        parts.append(f"after repeats of {low} to {config['prompt_lookup_max']} tokens")
     if config["method"] == "suffix":
         parts.append("needs the arctic-inference package")
     if version >= V1_ONLY and config.get("draft_sample_method") == "probabilistic":

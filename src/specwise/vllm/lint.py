@@ -110,7 +110,8 @@ def _v0_flags(work: Work) -> None:
             "'unrecognized arguments'.",
         )
     work.command = work.command.without(*facts.V0_FLAGS)
-    if config:
+    # V0 did not speculate without one of the first two, whatever else was said.
+    if config.keys() & {"model", K} or config.get("method") == "ngram" or work.spec:
         if work.version >= facts.V1_ONLY:
             config = {n: v for n, v in config.items() if n not in facts.GONE_WITH_V0}
         merged = {**config, **work.spec}
@@ -359,6 +360,16 @@ def _v0_values(work: Work) -> None:
             "Speculative flags without --speculative-model.",
             "Name the draft, or [ngram].",
         )
+    if config.get("method") == "ngram" and "prompt_lookup_max" not in config:
+        work.report(
+            "lookup-default",
+            "[ngram] without --ngram-prompt-lookup-max.",
+            "Set to 4.",
+            severity=ERROR,
+            why="V0 stops: it has no default.",
+            source="vllm/config.py 0.6",
+        )
+        work.command = work.command.with_flag("--ngram-prompt-lookup-max", "4")
     k = config.get(K)
     if k is None or not isinstance(k, int) or k < 1:
         work.report(
@@ -370,12 +381,13 @@ def _v0_values(work: Work) -> None:
         )
         work.command = work.command.with_flag("--num-speculative-tokens", "3")
     tp = config.get("draft_tensor_parallel_size")
-    if tp not in {None, 1, work.whole("--tensor-parallel-size", 1)}:
+    both = work.version >= facts.V0_DRAFT_TP_LIKE_TARGET
+    if tp not in {None, 1, work.whole("--tensor-parallel-size", 1) if both else 1}:
         work.report(
             "draft-tensor-parallel",
             f"The draft's tensor parallel size is {tp}.",
             "Set to 1.",
-            why="V0 takes 1 or the target's.",
+            why="V0 takes 1 or the target's." if both else "V0 before 0.6.4 takes 1 only.",
             source="vllm/config.py 0.6",
         )
         work.command = work.command.with_flag("--speculative-draft-tensor-parallel-size", "1")
