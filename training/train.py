@@ -36,11 +36,7 @@ from torch.nn import functional as F
 SEED = 20261122
 TARGET = Shape(hidden=384, layers=2, intermediate=1024, heads=6)
 DRAFT = Shape(hidden=96, layers=2, intermediate=288, heads=3, head_dim=32)
-WINDOW_TOKENS = 512
-ROWS_A_STEP = 6
 PROMPTS_A_SEGMENT = 240
-# Share of training windows; json and copy windows are packed with several exchanges.
-MIX = {"json": 0.14, "copy": 0.22, "code": 0.32, "prose": 0.32}
 MAX_TOKENS = {"json": 128, "copy": 160, "code": 96, "prose": 96}
 
 CHAT_TEMPLATE = (
@@ -49,6 +45,27 @@ CHAT_TEMPLATE = (
     "{% else %}<|user|>{{ message['content'] }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a round of training reads: rows of ``window_tokens``, ``rows`` of them a step.
+
+    ``mix`` is the share of rows by segment; json and copy rows are packed with exchanges.
+    """
+
+    mix: dict[str, float]
+    window_tokens: int
+    rows: int
+
+
+_ALL = {"json": 0.14, "copy": 0.22, "code": 0.32, "prose": 0.32}
+LANGUAGE = Stream(_ALL, 512, 6)
+# The draft first learns the target's language, then where a draft pays: short answers.
+DISTILLATION = (
+    Stream(_ALL, 512, 4),
+    Stream({"json": 0.40, "copy": 0.12, "code": 0.24, "prose": 0.24}, 256, 8),
 )
 
 
@@ -105,8 +122,10 @@ def tokenize(tokenizer: Tokenizer, texts: dict[str, dict[str, str]]) -> Texts:
     return Texts(tokenizer, tokens, texts, user, assistant, end)
 
 
-def windows(texts: Texts, rng: random.Random) -> Iterator[tuple[str, list[int], list[bool]]]:
-    """Endless training rows: segment, WINDOW_TOKENS + 1 tokens, and which of them are learned.
+def windows(
+    texts: Texts, stream: Stream, rng: random.Random
+) -> Iterator[tuple[str, list[int], list[bool]]]:
+    """Endless training rows: segment, window + 1 tokens, and which of them are learned.
 
     The user's side of json and copy is not learned: its content is chance.
     """
@@ -115,9 +134,9 @@ def windows(texts: Texts, rng: random.Random) -> Iterator[tuple[str, list[int], 
     copied_names = [name for name in copied if not is_held_out(name)]
     sized = {s: [*texts.tokens[s]] for s in ("code", "prose")}
     weights = {s: [len(texts.tokens[s][name]) for name in sized[s]] for s in sized}
-    length = WINDOW_TOKENS + 1
+    length = stream.window_tokens + 1
     while True:
-        segment = rng.choices(SEGMENTS, [MIX[s] for s in SEGMENTS])[0]
+        segment = rng.choices(SEGMENTS, [stream.mix[s] for s in SEGMENTS])[0]
         row: list[int] = []
         learned: list[bool] = []
         if segment in ("json", "copy"):
@@ -153,11 +172,11 @@ def windows(texts: Texts, rng: random.Random) -> Iterator[tuple[str, list[int], 
         yield segment, row[:length], learned[:length]
 
 
-def batches(texts: Texts, seed: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(texts: Texts, stream: Stream, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens [rows, window + 1] and the mask of learned tokens, of the same shape."""
-    source = windows(texts, random.Random(seed))  # noqa: S311
+    source = windows(texts, stream, random.Random(seed))  # noqa: S311
     while True:
-        drawn = [next(source) for _ in range(rows)]
+        drawn = [next(source) for _ in range(stream.rows)]
         yield (
             torch.tensor([tokens for _, tokens, _ in drawn]),
             torch.tensor([learned for _, _, learned in drawn]),
@@ -349,7 +368,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=root / "build" / "training")
     parser.add_argument("--out", type=Path, default=root / "src" / "specwise" / "bundled")
     parser.add_argument("--target-steps", type=int, default=1400)
-    parser.add_argument("--draft-steps", type=int, default=1200)
+    parser.add_argument("--draft-steps", type=int, nargs=2, default=(300, 500))
     parser.add_argument("--target-lr", type=float, default=0.012)
     parser.add_argument("--draft-lr", type=float, default=0.015)
     options = parser.parse_args()
@@ -367,14 +386,14 @@ def main() -> None:
     print(f"training tokens: {sizes}", flush=True)
 
     target, draft = Llama(TARGET), Llama(DRAFT)
-    target_path, draft_path = options.work / "target.pt", options.work / "draft.pt"
+    target_path = options.work / "target.pt"
     if target_path.exists():
         target.load_state_dict(torch.load(target_path, weights_only=True))
     else:
         train(
             target,
             next_token_loss(target),
-            batches(texts, SEED + 2, ROWS_A_STEP),
+            batches(texts, LANGUAGE, SEED + 2),
             steps=options.target_steps,
             muon_lr=options.target_lr,
             adam_lr=0.003,
@@ -385,14 +404,18 @@ def main() -> None:
     with torch.no_grad():
         for parameter in target.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).float())
-    if draft_path.exists():
-        draft.load_state_dict(torch.load(draft_path, weights_only=True))
-    else:
+    for index, (stream, steps) in enumerate(
+        zip(DISTILLATION, options.draft_steps, strict=True), start=1
+    ):
+        draft_path = options.work / f"draft-{index}.pt"
+        if draft_path.exists():
+            draft.load_state_dict(torch.load(draft_path, weights_only=True))
+            continue
         train(
             draft,
             distillation_loss(draft, target),
-            batches(texts, SEED + 3, ROWS_A_STEP),
-            steps=options.draft_steps,
+            batches(texts, stream, SEED + 2 + index),
+            steps=steps,
             muon_lr=options.draft_lr,
             adam_lr=0.005,
         )
