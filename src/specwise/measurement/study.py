@@ -348,12 +348,14 @@ class _GaugeSampler:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while not self._stop.wait(GAUGE_PERIOD_S):
-            try:
-                text = metrics.fetch(self._target.url, headers=self._target.headers)
-            except ServerError:
-                continue  # a missing sample is a gap in the series, not a failure of the trial
-            self._raw.append((time.monotonic() - self._began, text))
+        url, headers = self._target.url, self._target.headers
+        with metrics.quiet_client(url) as client:
+            while not self._stop.wait(GAUGE_PERIOD_S):
+                try:
+                    text = metrics.fetch(url, headers=headers, client=client)
+                except ServerError:
+                    continue  # a gap in the series, not a failure of the trial
+                self._raw.append((time.monotonic() - self._began, text))
 
     def samples(self) -> tuple[GaugeSample, ...]:
         """The gauges over time; parsing waits until the load is over so as not to disturb it."""
