@@ -93,6 +93,10 @@ def test_memory_with_and_without_the_draft() -> None:
         assert after[field]["likely"] < before[field]["likely"]
 
 
+def test_memory_beyond_the_models_own_context() -> None:
+    assert "ends at 32,768" in run("memory", "qwen2.5-7b", "--context", "65536")[1]
+
+
 def test_memory_that_does_not_fit() -> None:
     assert run("memory", "llama-3.1-70b", "--gpu", "l4")[0] == 1
     assert run("memory", "llama-3.1-70b", "--gpus", "3")[0] == 2
@@ -152,6 +156,8 @@ def test_flags_forms_and_versions() -> None:
     ks = {m: ask("flags", "t", "--method", m)["speculative_config"]["num_speculative_tokens"]
           for m in ("ngram", "mtp", "suffix")}  # fmt: skip
     assert ks == {"ngram": 3, "mtp": 1, "suffix": 24}
+    falling = ask("flags", "t", "--draft", "d", "--schedule", "1-4:5,5-9:2")
+    assert falling["speculative_config"]["num_speculative_tokens"] == 5
     further = ask("flags", "t", "--k", "2", "--", "--port", "8001", "--enforce-eager")
     assert further["words"][3:6] == ["--port", "8001", "--enforce-eager"]
     for bad in (["--vllm", "x"], ["--schedule", "1-2"], ["--set", "x"], ["--schedule", "[[1"]):

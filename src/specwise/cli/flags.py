@@ -74,7 +74,7 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.option(
     "--k",
     type=click.IntRange(1, 10_000),
-    help="Draft length (default: 3; mtp 1, suffix 24 at most).",
+    help="Draft length (default: 3; mtp 1, suffix 24; the schedule's largest).",
 )
 @click.option("--vllm", "version", help="vLLM version, e.g. 0.6.3 (default: the newest known).")
 @click.option("--tp", type=click.IntRange(1, 1024), default=1, help="GPUs that share the target.")
@@ -131,11 +131,13 @@ def flags(  # noqa: PLR0917 (click passes by name)
     would refuse the pair.
     """
     method = method or ("draft_model" if draft else "ngram")
+    rows = read_schedule(schedule) if schedule else ()
+    longest = max((row[2] for row in rows), default=0)
     speculation = Speculation(
         method=method,
-        k=k or _USUAL_K.get(method, 3),
+        k=k or longest or _USUAL_K.get(method, 3),
         draft=full_name(draft) if draft else None,
-        schedule=read_schedule(schedule) if schedule else (),
+        schedule=rows,
         options=read_options(fields),
     )
     options = ServeOptions(

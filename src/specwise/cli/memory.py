@@ -144,6 +144,11 @@ def _heading(plan: ServingPlan) -> str:
 def _notes(plan: ServingPlan) -> list[str]:
     models = [plan.target] + ([plan.draft] if plan.draft else [])
     notes = [f"{model.name}: {note}" for model in models for note in model.notes]
+    notes += [
+        f"{model.name}: its own context ends at {model.max_positions:,} tokens"
+        for model in models
+        if model.max_positions and plan.context > model.max_positions
+    ]
     if any(g.window for m in models for g in m.kv_groups) and plan.draft:
         notes.append("sliding windows beside a draft: the block layout is an estimate")
     return notes
