@@ -108,7 +108,7 @@ class PaddingCheck:
         return self.first_difference is None
 
 
-def check_padding(padded: Path, *, prompts: int = 4, max_tokens: int = 24) -> PaddingCheck:
+def check_padding(padded: Path, *, prompts: int = 4, max_tokens: int = 16) -> PaddingCheck:
     """Compare greedy outputs of the padded and the trained target, in float32 and without vLLM.
 
     The trained target generates; the padded one then reads prompt and output once. Where its most
