@@ -51,7 +51,7 @@ def test_a_speculating_command_asks_for_per_request_metrics() -> None:
     assert command[-2:] == ["--per-request-spec-decode-metrics", "summary"]
 
 
-@pytest.mark.parametrize("version", ["0.30.2", None])
+@pytest.mark.parametrize("version", ["0.28.2", None])
 def test_versions_without_per_request_metrics_are_not_asked(version: str | None) -> None:
     command = launch_command(BASELINE, DRAFT, port=1, version=version)
     assert "--per-request-spec-decode-metrics" not in command
@@ -443,7 +443,7 @@ def test_a_probe_says_unknown_where_the_server_says_nothing() -> None:
     assert (found.per_request_metrics, found.max_model_len) == (None, None)
 
 
-@pytest.mark.parametrize(("version", "metrics"), [("0.32.0", PLAIN), ("0.30.0", SPECULATES)])
+@pytest.mark.parametrize(("version", "metrics"), [("0.32.0", PLAIN), ("0.28.0", SPECULATES)])
 def test_per_request_metrics_are_ruled_out(version: str, metrics: str) -> None:
     answers = {
         "/v1/models": (200, MODELS),

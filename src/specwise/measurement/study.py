@@ -158,9 +158,9 @@ class _Sitting:
             remaining = self.folder.remaining(trial)
             if not remaining:
                 break
+            self._check_stop()
             if attempt:
                 self.listener.note(f"{trial.trial_id}: the server went away; going on")
-            self._check_stop()
             target = self.fleet.ready(arm)
             _warm_up(target, self.prompts.warmup(self.design.workload(trial.workload)), trial)
             self._check_stop()

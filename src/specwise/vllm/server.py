@@ -38,7 +38,7 @@ EMBEDDED_NICENESS = 5
 
 _ENTRY_POINT = "vllm.entrypoints.openai.api_server"
 _WATCHDOG = Path(__file__).with_name("server_watchdog.py")
-_PER_REQUEST_METRICS_SINCE = (0, 31)
+_PER_REQUEST_METRICS_SINCE = (0, 29)  # vllm/config/observability.py
 # Words that specwise puts into the command itself.
 _OURS = ("--model", "--served-model-name", "--host", "--port", "--speculative-config")
 _EAGER_CHOICES = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O")
