@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -207,6 +208,17 @@ def test_records_come_while_the_run_goes_on() -> None:
 def test_several_hundred_at_once() -> None:
     with ScriptedServer(Script(first_s=0.3)) as server:
         _, records = load(server.url, plan(300, times=(0.0,) * 300), concurrency=None)
+    assert {r.outcome for r in records} == {Outcome.OK}
+
+
+def test_a_low_limit_on_open_files_is_raised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with scripted_server_process(Script(first_s=0.3)) as server:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        try:
+            _, records = load(server.url, plan(200, times=(0.0,) * 200), concurrency=None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert {r.outcome for r in records} == {Outcome.OK}
 
 
