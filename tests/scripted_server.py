@@ -360,14 +360,28 @@ class ScriptedServer:
             with contextlib.suppress(asyncio.CancelledError):
                 await _Handler(self, self.connections).run(reader, writer)
 
-        server = await asyncio.start_server(
-            connected, "127.0.0.1", self.port, ssl=self._tls, backlog=2048
+        transports: list[asyncio.Transport] = []
+
+        class Protocol(asyncio.StreamReaderProtocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                assert isinstance(transport, asyncio.Transport)
+                transports.append(transport)
+                super().connection_made(transport)
+
+        server = await self._loop.create_server(
+            lambda: Protocol(asyncio.StreamReader(), connected),
+            "127.0.0.1",
+            self.port,
+            ssl=self._tls,
+            backlog=2048,
         )
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
         server.close()
-        for _ in range(3):  # connections that were just being accepted come up only now
+        for _ in range(8):  # connections that were just being accepted come up only now
+            for transport in transports:
+                transport.abort()
             for task in tuple(tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -21,7 +21,7 @@ from specwise.facts.bundled import bundled_draft, bundled_target, padded_target
 from specwise.measurement.load import Target
 from specwise.measurement.provenance import describe_model
 from specwise.vllm.engine import cache_folder
-from specwise.vllm.server import Capabilities, Server, probe
+from specwise.vllm.server import EMBEDDED, Capabilities, Server, probe
 
 RETURN_PATIENCE_S = 60.0
 
@@ -63,7 +63,15 @@ class Fleet:
             server.stop()
 
     def start(self) -> None:
-        """Bring up every arm before the first trial, so that a wrong one is found at once."""
+        """Bring up every arm before the first trial, so that a wrong one is found at once.
+
+        Servers of the embedded engine start side by side, which halves the wait. Others start one
+        by one: a vLLM on a GPU sizes its KV cache by the memory it finds free.
+        """
+        if self._design.servers_together:
+            for arm in self._design.arms:
+                if arm.deployment is not None and arm.deployment.engine == EMBEDDED:
+                    self._launch(arm, arm.deployment)
         for arm in self._design.arms:
             if arm.url is not None or self._design.servers_together:
                 self.ready(arm)
@@ -73,22 +81,25 @@ class Fleet:
 
         Raises ServerError if it cannot be brought up, InputError if it is not what the design says.
         """
-        if arm.url is not None:
+        if arm.deployment is None:
             return self._given(arm)
-        for name, server in list(self._servers.items()):
-            if name == arm.name:
-                continue
-            if self._design.servers_together:
-                server.suspend()
-            else:
-                server.stop()
-                del self._servers[name]
-        running = self._servers.get(arm.name)
-        if running is not None and running.alive:
-            running.resume()
-            return self._targets[arm.name]
-        self._servers.pop(arm.name, None)
-        return self._start(arm)
+        self._quieten(arm)
+        server = self._servers.get(arm.name)
+        known = arm.name in self._targets
+        if server is None or (known and not server.alive):
+            return self._introduce(arm, arm.deployment, self._launch(arm, arm.deployment))
+        if not known:  # launched by `start`, not waited for yet
+            return self._introduce(arm, arm.deployment, server)
+        server.resume()
+        return self._targets[arm.name]
+
+    def _quieten(self, arm: Arm) -> None:
+        """Suspend, or stop, every server that is up and not that of ``arm``."""
+        for name in [name for name in self._targets if name != arm.name and name in self._servers]:
+            if not self._design.servers_together:
+                self._servers.pop(name).stop()
+            elif self._servers[name].alive:
+                self._servers[name].suspend()
 
     def alive(self, arm: Arm) -> bool:
         """Whether the server of ``arm`` is not known to have died."""
@@ -101,30 +112,36 @@ class Fleet:
         """Where to look for why a server failed, as the end of a sentence; may be empty."""
         return "" if arm.url is not None else f" Its log: {self._log_path(arm.name)}"
 
-    def _start(self, arm: Arm) -> Target:
-        assert arm.deployment is not None  # noqa: S101 - an arm has a url or a deployment
-        deployment = replace(
-            arm.deployment,
-            model=resolve_model(arm.deployment.model),
-            served_name=arm.deployment.served_name or arm.deployment.model,
+    def _launch(self, arm: Arm, deployment: Deployment) -> Server:
+        """Start the server of ``arm`` without waiting for it."""
+        self._targets.pop(arm.name, None)
+        self._note(f"starting the server of arm {arm.name} ({deployment.model})")
+        server = Server.start(
+            replace(
+                deployment,
+                model=resolve_model(deployment.model),
+                served_name=deployment.served_name or deployment.model,
+            ),
+            self._resolve_draft(arm.speculation),
+            log_path=self._log_path(arm.name),
         )
-        speculation = self._resolve_draft(arm.speculation)
-        self._note(f"starting the server of arm {arm.name} ({deployment.served_name})")
-        began = time.monotonic()
-        server = Server.start(deployment, speculation, log_path=self._log_path(arm.name))
         self._servers[arm.name] = server
+        return server
+
+    def _introduce(self, arm: Arm, deployment: Deployment, server: Server) -> Target:
+        """Wait for a server that was launched, look at it, and remember where it is."""
+        began = time.monotonic()
         server.wait_ready()
-        self._note(f"arm {arm.name} is up after {time.monotonic() - began:.0f} s")
-        capabilities = probe(server.url, model=deployment.served_name)
-        target = Target(
+        self._note(f"arm {arm.name} is up, waited {time.monotonic() - began:.0f} s")
+        capabilities = probe(server.url, model=server.model)
+        self._targets[arm.name] = Target(
             url=server.url,
-            model=deployment.served_name,
+            model=server.model,
             timeout_s=self._design.timeout_s,
             speculative=not arm.is_baseline,
         )
-        self._targets[arm.name] = target
         self._describe(arm, capabilities, deployment, server.command)
-        return target
+        return self._targets[arm.name]
 
     def _resolve_draft(self, speculation: Speculation | None) -> Speculation | None:
         if speculation is None or speculation.draft is None:
@@ -190,9 +207,9 @@ class Fleet:
             description |= {"url": arm.url, "model": arm.model}
         else:
             description |= {
-                "model": deployment.served_name,
+                "model": deployment.model,
                 "command": list(command),
-                "checkpoint": describe_model(Path(deployment.model)),
+                "checkpoint": describe_model(Path(resolve_model(deployment.model))),
             }
         if description != known:
             self._described[arm.name] = description

@@ -39,7 +39,7 @@ from specwise.vllm import metrics
 from specwise.vllm.response import endpoint, request_body
 
 GAUGE_PERIOD_S = 1.0
-WARMUP_MAX_TOKENS = 16
+WARMUP_MAX_TOKENS = 8
 MAX_PARTS_PER_SITTING = 3
 REFUSALS_BEFORE_PAUSE = 10
 
