@@ -48,7 +48,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def baseline_server(deployment: Deployment, logs: Path) -> Iterator[Server]:
-    with Server.start(deployment, log_path=logs / "baseline.log", dev_endpoints=True) as server:
+    with Server.start(deployment, log_path=logs / "baseline.log") as server:
         server.wait_ready()
         yield server
 

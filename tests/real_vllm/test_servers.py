@@ -133,24 +133,16 @@ def _processor_s(group: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_reset_prefix_cache_forgets_the_prompts(baseline_server: Server) -> None:
-    word = "and so on, "
-    messages = [{"role": "user", "content": word * 100}]
+def test_a_cache_salt_keeps_the_prefix_caches_of_two_trials_apart(baseline_server: Server) -> None:
+    messages = [{"role": "user", "content": "and so on, " * 100}]
 
-    def cached_tokens() -> int:
-        usage = _chat(baseline_server, messages, max_tokens=1)["usage"]
+    def cached_tokens(salt: str) -> int:
+        usage = _chat(baseline_server, messages, max_tokens=1, cache_salt=salt)["usage"]
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
-    baseline_server.reset_prefix_cache()
-    assert cached_tokens() == 0
-    assert cached_tokens() > 0
-    baseline_server.reset_prefix_cache()
-    assert cached_tokens() == 0
-
-
-def test_the_prefix_cache_of_a_server_without_dev_endpoints_stays(drafting_server: Server) -> None:
-    with pytest.raises(ServerError, match="dev_endpoints"):
-        drafting_server.reset_prefix_cache()
+    assert cached_tokens("trial 1") == 0
+    assert cached_tokens("trial 1") > 0
+    assert cached_tokens("trial 2") == 0
 
 
 def test_a_server_that_cannot_start_says_why(deployment: Deployment, tmp_path: Path) -> None:

@@ -115,6 +115,9 @@ class Fleet:
     def _launch(self, arm: Arm, deployment: Deployment) -> Server:
         """Start the server of ``arm`` without waiting for it."""
         self._targets.pop(arm.name, None)
+        dead = self._servers.pop(arm.name, None)
+        if dead is not None:
+            dead.stop()  # its workers and its watchdog may have outlived it
         self._note(f"starting the server of arm {arm.name} ({deployment.model})")
         server = Server.start(
             replace(

@@ -270,14 +270,11 @@ class Server:
         *,
         log_path: Path,
         port: int | None = None,
-        dev_endpoints: bool = False,
     ) -> Self:
         """Start a server and return at once; `wait_ready` waits until it answers.
 
         What the server prints is appended to ``log_path``. ``port`` None takes a free one.
-        ``dev_endpoints`` switches vLLM's development endpoints on, which `reset_prefix_cache`
-        needs; whoever can reach 127.0.0.1 can then use them too. Raises InputError as
-        `launch_command` does and EngineError when there is no engine to start.
+        Raises InputError as `launch_command` does and EngineError when there is no engine to start.
         """
         for model in (deployment.model, speculation.draft if speculation else None):
             _check_folder(model)
@@ -295,8 +292,6 @@ class Server:
         port = port or free_port()
         command = launch_command(deployment, speculation, port=port, python=python, version=version)
         environment = _environment(deployment, speculation)
-        if dev_endpoints:
-            environment["VLLM_SERVER_DEV_MODE"] = "1"
         niceness = EMBEDDED_NICENESS if deployment.engine == EMBEDDED else 0
         server = cls.launch(command, environment=environment, log_path=log_path, niceness=niceness)
         server.url = f"http://127.0.0.1:{port}"
@@ -414,33 +409,6 @@ class Server:
             os.killpg(self.pid, signal.SIGCONT)
             self._suspended = False
         self.wait_ready(timeout_s, period_s=0.02)
-
-    def reset_prefix_cache(self, timeout_s: float = 10.0) -> None:
-        """Empty the prefix cache, so that no trial profits from the prompts of the one before.
-
-        Needs ``dev_endpoints`` and a server without running requests; a request that has just ended
-        can hold its blocks for a moment, so it tries until ``timeout_s``. Raises ServerError.
-        """
-        deadline = time.monotonic() + timeout_s
-        with httpx.Client(trust_env=False, timeout=timeout_s) as client:
-            while True:
-                try:
-                    response = client.post(f"{self.url}/reset_prefix_cache")
-                except httpx.HTTPError as error:
-                    raise ServerError(
-                        f"{self.url} did not reset its prefix cache: {error}.",
-                        f"Read {self._log.path}.",
-                    ) from error
-                # Versions before the one that reports success answer with an empty 200.
-                if response.status_code == 200 and response.text in ("", '{"success":true}'):
-                    return
-                if response.status_code != 200 or time.monotonic() > deadline:
-                    raise ServerError(
-                        f"{self.url} did not reset its prefix cache (HTTP "
-                        f"{response.status_code}: {response.text[:200]}).",
-                        "Start the server with dev_endpoints and reset it when no request runs.",
-                    )
-                time.sleep(0.05)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End the server: politely first, and every process of its group after ``timeout_s``.
