@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.scripted_server import DONE, Script, events
 
@@ -177,6 +177,8 @@ def read_in_pieces(data: bytes, cuts: list[int]) -> StreamedResponse:
     st.lists(st.integers(0, 2**16), max_size=12),
 )
 @settings(deadline=None, max_examples=300)
+@example(Script(line_end="\r"), Api.CHAT, b"\n\x00", [1])
+@example(Script(line_end="\r"), Api.CHAT, b"\n\n", [1])
 def test_the_outcome_does_not_depend_on_where_the_bytes_were_cut(
     script: Script, api: Api, tail: bytes, cuts: list[int]
 ) -> None:

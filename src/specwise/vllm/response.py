@@ -235,6 +235,8 @@ class StreamReader:
             if (
                 data[:7] == b"data: {"
                 and data.find(b"\n") == len(data) - 2
+                and data[-1] == 10
+                and data.find(b"\r") < 0
                 and not self._rest
                 and not self._skip_line_feed
             ):
