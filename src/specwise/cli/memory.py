@@ -208,12 +208,13 @@ def _effect_lines(plan: ServingPlan, result: MemoryPlan, alone: MemoryPlan) -> l
     ]
     if plan.draft is None:
         return [f"  {n:<28}{a.likely:>12,.{d}f}  {_span(a, d)}" for n, a, _, d in rows]
-    lines = [f"  {'':<28}{'without draft':>14}{'with draft':>14}{'kept':>8}"]
+    lines = [f"  {'':<28}{'without draft':>14}{'with draft':>14}{'kept':>8}  range without | with"]
     for name, before, after, digits in rows:
         kept = f"{max(after.likely, 0) / before.likely:.0%}" if before.likely > 0 else "-"
         lines.append(
             f"  {name:<28}{before.likely:>14,.{digits}f}{after.likely:>14,.{digits}f}{kept:>8}"
-            f"  ({_span(after, digits)})"
+            f"  {_span(before, digits)} | "
+            + (_span(after, digits) if after.high > 0 else "does not fit")
         )
     return lines
 
