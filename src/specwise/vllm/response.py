@@ -232,18 +232,13 @@ class StreamReader:
     def feed_all(self, times_s: Sequence[float], pieces: Sequence[bytes]) -> None:
         """Take several pieces: ``pieces[i]`` arrived at ``times_s[i]``."""
         for at_s, data in zip(times_s, pieces, strict=True):
-            if (
-                data[:7] == b"data: {"
-                and data.find(b"\n") == len(data) - 2
-                and data[-1] == 10
-                and data.find(b"\r") < 0
-                and not self._rest
-                and not self._skip_line_feed
-            ):
-                # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
-                self._take(at_s, parse_event(data[6:]))
-            else:
-                self._feed_any(at_s, data)
+            if data[:7] == b"data: {" and not self._rest and not self._skip_line_feed:
+                payload = data[6:-2]
+                if data[-2:] == b"\n\n" and 10 not in payload and 13 not in payload:
+                    # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
+                    self._take(at_s, parse_event(payload))
+                    continue
+            self._feed_any(at_s, data)
 
     def _feed_any(self, at_s: float, data: bytes) -> None:
         if self._skip_line_feed and data:
