@@ -16,7 +16,8 @@ from specwise.cli.measure import open_folder, run
     type=click.Path(path_type=Path),
     help="Study folder [specwise-demo or specwise-demo-quick]; an unfinished one is resumed.",
 )
-def demo(*, quick: bool, out: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print verdict and evidence as JSON.")
+def demo(*, quick: bool, out: Path | None, as_json: bool) -> None:
     """Measure speculation on a real vLLM on this machine's processor, decide, and show it.
 
     Serves a small bundled target with and without speculation (a draft model, n-gram lookup),
@@ -39,22 +40,29 @@ def demo(*, quick: bool, out: Path | None) -> None:
         raise click.ClickException(f"{padded} differs from the trained target; remove it.")
     click.echo(
         f"padded target: greedy output equal to the trained one on {check.tokens} tokens "
-        f"of {check.prompts} prompts"
+        f"of {check.prompts} prompts",
+        err=as_json,
     )
     total = sum(trial.requests for trial in design.trials)
     click.echo(
         f"{len(design.arms)} arms, {len(design.trials)} trials, {total} requests; "
-        "Ctrl-C is safe, the same command goes on"
+        "Ctrl-C is safe, the same command goes on",
+        err=as_json,
     )
-    run(folder, Path.cwd())
+    run(folder, Path.cwd(), quiet=as_json)
+
+    import orjson  # noqa: PLC0415
 
     from specwise.decision.assessment import assess  # noqa: PLC0415 - not before it is needed
     from specwise.reporting.console import print_assessment  # noqa: PLC0415
     from specwise.reporting.html import write_report  # noqa: PLC0415
-    from specwise.reporting.json_export import write_json  # noqa: PLC0415
+    from specwise.reporting.json_export import assessment_to_dict, write_json  # noqa: PLC0415
 
     assessment = assess(folder.read())
     page = folder.path / "report.html"
     write_report(assessment, page)
     write_json(assessment, folder.path / "assessment.json")
-    print_assessment(assessment, report=page)
+    if as_json:
+        click.echo(orjson.dumps(assessment_to_dict(assessment), option=orjson.OPT_INDENT_2))
+    else:
+        print_assessment(assessment, report=page)

@@ -83,7 +83,7 @@ def _warnings(findings: Findings, measured: Cells) -> tuple[str, ...]:
     limited = limited_trials(measured)
     if limited:
         found.append(
-            f"The load generator limited {len(limited)} trials: "
+            f"The load generator limited {counted(len(limited), 'trial')}: "
             + listed([f"{name} ({why})" for name, why in limited[:3]])
             + (" and more." if len(limited) > 3 else ".")
         )

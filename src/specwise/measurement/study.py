@@ -82,6 +82,9 @@ def conduct(
             f"The prompts of segment {', '.join(changed)} changed since {folder.path} was begun.",
             "Restore the file, or measure into a new folder: arms must see the same prompts.",
         )
+    if all(folder.is_complete(trial) for trial in design.trials):
+        listener.note("every trial is measured already")
+        return
     folder.add_provenance({"prompts": digests, "base": str(base)})
     with (
         folder.locked(),
