@@ -169,7 +169,10 @@ class Api(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Requests of one kind: where the prompts come from and how they are sampled."""
+    """Requests of one kind: where the prompts come from and how they are sampled.
+
+    ``template`` makes the prompts of a source with columns, ``{column}`` each; empty for others.
+    """
 
     name: str
     prompts: str
@@ -177,6 +180,7 @@ class Segment:
     top_p: float = 1.0
     max_tokens: int = 128
     api: Api = Api.CHAT
+    template: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,3 +451,130 @@ class StudyData:
     trials: tuple[MeasuredTrial, ...]
     folder: str
     predicted: bool = False
+
+
+class Losslessness(StrEnum):
+    """Whether an arm's output is what it would be without speculation."""
+
+    UNCHANGED = "unchanged"
+    CHANGED = "changed"
+    UNKNOWN = "unknown"  # nothing was seen, and a change could have gone unseen
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyDifference:
+    """The first token at which the greedy outputs of one prompt part.
+
+    ``position`` counts output tokens from 0. Before it both servers saw the same tokens, so their
+    logprobs are comparable: ``baseline_gap`` is the logprob of the baseline's token less that of
+    the candidate's token on the baseline, ``candidate_gap`` the reverse on the candidate, in nats;
+    None where the server did not tell. ``near_tie`` says that the gap on the baseline is within
+    numerical noise; None if that cannot be told.
+    """
+
+    prompt_id: str
+    position: int
+    baseline_token: int | None
+    candidate_token: int | None
+    baseline_gap: float | None
+    candidate_gap: float | None
+    near_tie: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyComparison:
+    """Token equality at temperature 0.
+
+    ``logprob_noise`` is the largest difference between logprobs of one token after the same tokens,
+    computed by another server or in another batch, ``tolerance`` the gap up to which a difference
+    counts as a near-tie (nats).
+    ``self_differing`` is how many prompts the baseline itself answers differently when asked twice.
+    """
+
+    prompts: int
+    tokens: int
+    equal: int
+    differences: tuple[GreedyDifference, ...]
+    logprob_noise: float | None
+    tolerance: float | None
+    self_differing: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PermutationTest:
+    """A two-sample test: its statistic on the data and how often chance alone reaches it.
+
+    ``p_adjusted`` is Holm's, so that the false-alarm rate holds for all tests of a comparison.
+    """
+
+    name: str
+    statistic: float
+    null_mean: float
+    p_value: float
+    p_adjusted: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionDistance:
+    """Total variation between the servers' tokens at an output position (from 0), prompts' mean.
+
+    ``null_low`` and ``null_high`` hold 95 % of what two samples of one distribution would show.
+    """
+
+    position: int
+    distance: float
+    null_low: float
+    null_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingComparison:
+    """The two-sample tests at a temperature above 0, ``samples`` per prompt and server.
+
+    ``power`` is the probability that a total variation of ``effect`` at every speculated token is
+    found, ``detectable`` the smallest one found with probability ``power_wanted`` (None: none up
+    to 1), ``samples_needed`` the samples at which ``effect`` is found with it (None: not known).
+    ``room`` is the mean probability of all but the likeliest token at a speculated position.
+    """
+
+    prompts: int
+    samples: int
+    tokens: int
+    temperature: float
+    top_p: float
+    false_alarm_rate: float
+    tests: tuple[PermutationTest, ...]
+    positions: tuple[PositionDistance, ...]
+    effect: float
+    power: float
+    power_wanted: float
+    detectable: float | None
+    samples_needed: int | None
+    room: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether any test rejects equality at the stated false-alarm rate."""
+        return any(test.p_adjusted <= self.false_alarm_rate for test in self.tests)
+
+
+@dataclass(frozen=True, slots=True)
+class LosslessnessResult:
+    """What `specwise verify` found for one arm; ``reasons`` say it in words, weightiest first.
+
+    ``drafted_tokens`` and ``accepted_tokens`` are the candidate's counters over the check, None
+    where it exports none: a candidate that drafted nothing has shown nothing.
+    """
+
+    arm: str
+    model: str
+    verdict: Losslessness
+    reasons: tuple[str, ...]
+    greedy: GreedyComparison | None
+    sampling: SamplingComparison | None
+    drafted_tokens: int | None
+    accepted_tokens: int | None
+    baseline_version: str | None
+    candidate_version: str | None
+    seed: int
+    measured_at: str
