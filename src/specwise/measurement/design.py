@@ -89,6 +89,7 @@ class _SegmentTable(_Table):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: PositiveInt = 128
     api: Api = Api.CHAT
+    template: str = ""
 
 
 class _WorkloadTable(_Table):
