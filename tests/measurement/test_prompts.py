@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specwise.domain import LoadPoint, Loop, Segment, Workload
+from specwise.domain import Api, LoadPoint, Loop, Segment, Workload
 from specwise.errors import PromptError
-from specwise.measurement.prompts import Prompt, PromptPlan, apportion, digest, load_prompts
+from specwise.measurement.design import bundled_study, parse_study
+from specwise.measurement.prompts import (
+    Prompt,
+    PromptPlan,
+    PromptSource,
+    apportion,
+    check_prompts,
+    digest,
+    load_prompts,
+    remarks,
+)
 
 SEGMENTS = (Segment("a", "a.jsonl"), Segment("b", "b.jsonl"))
 MIX = Workload("mix", (("a", 0.75), ("b", 0.25)))
@@ -101,10 +112,10 @@ def test_sharegpt_takes_the_first_human_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no usable prompt"),
+        ("", "is empty"),
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1 is not a JSON object"),
-        ('{"text": "x"}', "line 1 needs either"),
+        ('{"prompt": "x"}\n{"text": "x"}', "line 2 needs either .* it has text"),
         ('{"prompt": "x", "max_tokens": 0}', "positive whole number"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "without a known role"),
     ],
@@ -115,11 +126,64 @@ def test_a_bad_prompt_file_says_where_and_why(tmp_path: Path, content: str, mess
         load_prompts("p.jsonl", tmp_path)
 
 
-def test_missing_file_and_unknown_source(tmp_path: Path) -> None:
+def test_missing_file_and_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="does not exist"):
         load_prompts("none.jsonl", tmp_path)
-    with pytest.raises(PromptError, match="is not known"):
-        load_prompts("prompts.parquet", tmp_path)
+    with pytest.raises(PromptError, match="not known: sharegtp") as caught:
+        load_prompts("sharegtp:x.json", tmp_path)
+    assert "sharegpt, spec-bench" in caught.value.next_step
+
+
+def test_categories_stand_behind_the_file(tmp_path: Path) -> None:
+    questions = [
+        {"question_id": i, "category": name, "turns": [name]}
+        for i, name in enumerate(["coding", "qa", "math", "coding"])
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(q) for q in questions))
+    assert [p.prompt_id for p in load_prompts("spec-bench:q.jsonl#coding", tmp_path)] == ["0", "3"]
+    assert [p.text for p in load_prompts("q.jsonl#qa, math", tmp_path)] == ["qa", "math"]
+
+
+def test_remarks_on_sampling_that_is_not_the_segments(tmp_path: Path) -> None:
+    source = PromptSource(
+        (
+            Prompt("a", text="x", temperature=0.7, max_tokens=900),
+            Prompt("b", text="x", temperature=0.7, top_p=1.0),
+            Prompt("c", text="x"),
+        ),
+        "jsonl",
+        notes=("A note.",),
+    )
+    note, temperature, length = remarks(Segment("s", "x", temperature=0.0), source)
+    assert note == "A note."
+    assert temperature.startswith(
+        "Measured at temperature 0, but the source asks for 0.7 (2 of 3)."
+    )
+    assert length.startswith("1 of 3 requests allowed longer answers (up to 900 tokens)")
+    assert remarks(Segment("s", "x", temperature=0.7, max_tokens=900), source) == ("A note.",)
+
+
+def test_remarks_on_the_wrong_endpoint() -> None:
+    completions = PromptSource((Prompt("a", text="x", api=Api.COMPLETIONS),), "vllm-log")
+    chats = PromptSource((Prompt("a", messages=(("user", "x"),), api=Api.CHAT),), "openai-batch")
+    (log,) = remarks(Segment("s", "x", api=Api.CHAT), completions)
+    assert "chat applies it again" in log
+    assert 'api to "completions"' in log
+    (batch,) = remarks(Segment("s", "x", api=Api.COMPLETIONS), chats)
+    assert "without the model's template" in batch
+    assert remarks(Segment("s", "x", api=Api.CHAT), chats) == ()
+
+
+def test_a_design_is_checked_before_anything_is_made(tmp_path: Path) -> None:
+    design = parse_study(bundled_study("demo"), name="demo")
+    check_prompts(design, tmp_path)
+    missing = replace(design, segments=(replace(design.segments[0], prompts="none.jsonl"),))
+    with pytest.raises(PromptError, match="does not exist"):
+        check_prompts(missing, tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"prompt": "x"}\n')
+    few = replace(design, segments=(replace(design.segments[0], prompts="few.jsonl"),))
+    with pytest.raises(PromptError, match="are kept for warm-up"):
+        check_prompts(few, tmp_path)
 
 
 def test_digest_sees_a_changed_prompt() -> None:

@@ -1,11 +1,8 @@
 """Prompt sources, and which prompts each trial sends.
 
-A source is named in the study file:
-
-- ``bundled:json`` - a held-out segment that ships with specwise (json, copy, code, prose);
-- ``prompts.jsonl`` - one object a line with ``prompt`` (text) or ``messages`` (chat), and
-  optionally ``id`` and ``max_tokens``;
-- ``sharegpt:FILE.json`` - ShareGPT's list of conversations; the first human turn is the prompt.
+A source is named in the study file as ``[FORMAT:]FILE[#CATEGORY,...]`` or ``bundled:NAME``, a
+held-out segment that ships with specwise (json, copy, code, prose). The formats are those of
+`prompt_files`; without a name the format is recognised by content.
 
 Every arm of a cell gets the same prompts in the same order. Different cells get different prompts
 as long as the source lasts, so that one trial does not warm the prefix cache for another.
@@ -14,39 +11,31 @@ as long as the source lasts, so that one trial does not warm the prefix cache fo
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from specwise.domain import LoadPoint, Segment, Workload
+from specwise.domain import Api, LoadPoint, Segment, StudyDesign, Workload
 from specwise.errors import PromptError
+from specwise.facts.bundled import bundled_prompts
+from specwise.measurement.prompt_files import FORMATS, Prompt, PromptSource, read_prompts
 
-MESSAGE_ROLES = ("system", "user", "assistant", "tool", "developer")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt: ``text``, or chat ``messages`` as (role, content) pairs; never both."""
-
-    prompt_id: str
-    text: str | None = None
-    messages: tuple[tuple[str, str], ...] = ()
-    max_tokens: int | None = None
-
-    def as_messages(self) -> list[dict[str, str]]:
-        """The prompt as a chat; plain text becomes one user message."""
-        messages = self.messages or (("user", self.text or ""),)
-        return [{"role": role, "content": content} for role, content in messages]
-
-    def as_text(self) -> str:
-        """The prompt as plain text for /v1/completions; a chat's contents joined by newlines."""
-        if self.text is not None:
-            return self.text
-        return "\n".join(content for _, content in self.messages)
+__all__ = [
+    "ChosenPrompt",
+    "Prompt",
+    "PromptPlan",
+    "PromptSource",
+    "apportion",
+    "check_prompts",
+    "digest",
+    "load_prompts",
+    "load_source",
+    "remarks",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,111 +47,96 @@ class ChosenPrompt:
     prompt: Prompt
 
 
-def load_prompts(
-    source: str, base: Path, bundled: Callable[[str], Path] | None = None
-) -> tuple[Prompt, ...]:
-    """The prompts of ``source``; relative paths count from ``base``.
+def load_source(
+    source: str,
+    base: Path,
+    *,
+    template: str = "",
+    bundled: Callable[[str], Path] = bundled_prompts,
+) -> PromptSource:
+    """What ``source`` holds, as `read_prompts` gives it; relative paths count from ``base``.
 
-    ``bundled`` gives the file of a bundled segment. Raises PromptError if the source is missing,
-    malformed or empty.
+    ``template`` makes prompts of a row's columns. ``bundled`` gives the file of a bundled segment.
+    Raises PromptError if the source is missing, unknown, malformed or empty.
     """
-    if source.startswith("bundled:"):
-        if bundled is None:
-            raise PromptError(f"{source}: bundled prompts are not available here.")
-        prompts = tuple(_read_jsonl(bundled(source.removeprefix("bundled:"))))
-    elif source.startswith("sharegpt:"):
-        prompts = tuple(_read_sharegpt(base / source.removeprefix("sharegpt:")))
-    elif source.endswith(".jsonl"):
-        prompts = tuple(_read_jsonl(base / source))
+    prefix, colon, rest = source.partition(":")
+    if prefix == "bundled" and colon:
+        return read_prompts(bundled(rest), "jsonl", template=template)
+    if colon and prefix in FORMATS:
+        named: str | None = prefix
+    elif colon and re.fullmatch(r"[a-z][a-z0-9_-]*", prefix):
+        raise PromptError(
+            f"Prompt source {source!r} names a format that is not known: {prefix}.",
+            f"Formats are bundled, {', '.join(FORMATS)}; without one the content decides.",
+        )
     else:
-        raise PromptError(
-            f"Prompt source {source!r} is not known.",
-            "Use bundled:NAME, a .jsonl file, or sharegpt:FILE.json.",
+        named, rest = None, source
+    file, _, chosen = rest.partition("#")
+    categories = tuple(name.strip() for name in chosen.split(",") if name.strip())
+    return read_prompts(base / file, named, categories=categories, template=template)
+
+
+def load_prompts(
+    source: str, base: Path, bundled: Callable[[str], Path] = bundled_prompts
+) -> tuple[Prompt, ...]:
+    """The prompts of ``source`` alone; see `load_source`."""
+    return load_source(source, base, bundled=bundled).prompts
+
+
+def check_prompts(design: StudyDesign, base: Path) -> None:
+    """Read every prompt source of ``design``; PromptError if one cannot be used as designed."""
+    sources = {
+        s.name: load_source(s.prompts, base, template=s.template).prompts for s in design.segments
+    }
+    PromptPlan(sources, design.segments, seed=design.seed, warmup=design.warmup)
+
+
+def remarks(segment: Segment, source: PromptSource) -> tuple[str, ...]:
+    """What a user should know before measuring ``segment`` with these prompts; sentences.
+
+    Besides the source's own notes: where the source was sampled otherwise than the segment is. An
+    acceptance measured at another temperature than production's is not production's (req: B3).
+    """
+    prompts = source.prompts
+    found = list(source.notes)
+    for name, value in (("temperature", segment.temperature), ("top_p", segment.top_p)):
+        asked = Counter(x for p in prompts if (x := getattr(p, name)) is not None)
+        if any(abs(each - value) > 1e-6 for each in asked):
+            found.append(
+                f"Measured at {name} {value:g}, but the source asks for {_tally(asked, prompts)}. "
+                f"Acceptance depends on it: set the segment's {name} to production's."
+            )
+    over = [n for p in prompts if (n := p.max_tokens or 0) > segment.max_tokens]
+    if over:
+        found.append(
+            f"{len(over)} of {len(prompts)} requests allowed longer answers (up to {max(over)} "
+            f"tokens) than the segment's max_tokens, {segment.max_tokens}."
         )
-    if not prompts:
-        raise PromptError(
-            f"Prompt source {source!r} holds no usable prompt.",
-            "An empty segment measures nothing.",
+    other = sum(p.api not in (None, segment.api) for p in prompts)
+    if other and segment.api is Api.CHAT:
+        why = (
+            "a log holds prompts with the chat template applied, and chat applies it again"
+            if source.format == "vllm-log"
+            else "chat puts the model's template around them"
         )
-    return prompts
+        found.append(
+            f"{other} of {len(prompts)} prompts are completions, sent as chat: {why}. "
+            'Set the segment\'s api to "completions".'
+        )
+    elif other:
+        found.append(
+            f"{other} of {len(prompts)} prompts are chats, sent as plain text without the model's "
+            'template. Set the segment\'s api to "chat".'
+        )
+    return tuple(found)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PromptError(
-            f"Prompt file {path} does not exist.",
-            "Paths in a study file count from the study file's folder.",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"Prompt file {path} cannot be read: {error}.") from error
+def _tally(values: Counter[float], prompts: Sequence[Prompt]) -> str:
+    shown = [f"{value:g} ({n} of {len(prompts)})" for value, n in values.most_common(4)]
+    return ", ".join(shown) + (", ..." if len(values) > 4 else "")
 
 
-def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{where} is not JSON: {error.msg}.", "One object a line.") from error
-        yield _prompt_from(item, where, default_id=f"{path.stem}-{number}")
-
-
-def _prompt_from(item: Any, where: str, default_id: str) -> Prompt:
-    if not isinstance(item, dict):
-        raise PromptError(f"{where} is not a JSON object.", 'Write {"prompt": "..."}.')
-    prompt_id = str(item.get("id", default_id))
-    max_tokens = item.get("max_tokens")
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise PromptError(f"{where}: max_tokens must be a positive whole number.")
-    text = item.get("prompt")
-    messages = item.get("messages")
-    if isinstance(text, str) and not messages:
-        return Prompt(prompt_id, text=text, max_tokens=max_tokens)
-    if text is None and isinstance(messages, list) and messages:
-        pairs = tuple(_message(message, where) for message in messages)
-        return Prompt(prompt_id, messages=pairs, max_tokens=max_tokens)
-    raise PromptError(
-        f"{where} needs either a text 'prompt' or a list of 'messages'.",
-        'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}.',
-    )
-
-
-def _message(message: Any, where: str) -> tuple[str, str]:
-    if (
-        isinstance(message, dict)
-        and message.get("role") in MESSAGE_ROLES
-        and isinstance(message.get("content"), str)
-    ):
-        return message["role"], message["content"]
-    raise PromptError(
-        f"{where} has a message without a known role and text content.",
-        f"Roles are {', '.join(MESSAGE_ROLES)}; content is text.",
-    )
-
-
-def _read_sharegpt(path: Path) -> Iterator[Prompt]:
-    try:
-        conversations = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{path} is not JSON: {error.msg}.") from error
-    if not isinstance(conversations, list):
-        raise PromptError(f"{path} is not ShareGPT's list of conversations.")
-    for number, conversation in enumerate(conversations):
-        if not isinstance(conversation, dict):
-            raise PromptError(f"{path}: conversation {number} is not an object.")
-        turns = conversation.get("conversations") or conversation.get("conversation") or []
-        if not isinstance(turns, list):
-            raise PromptError(f"{path}: conversation {number} has no list of turns.")
-        first = next((t for t in turns if isinstance(t, dict) and t.get("from") == "human"), None)
-        if first is not None and isinstance(first.get("value"), str) and first["value"].strip():
-            yield Prompt(str(conversation.get("id", number)), text=first["value"])
-
-
-def digest(prompts: Sequence[Prompt]) -> str:
+def digest(prompts: Iterable[Prompt]) -> str:
     """A short hash of a source's prompts: shows that a file changed between two sittings."""
     return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()[:16]
 
