@@ -172,6 +172,8 @@ class Segment:
     """Requests of one kind: where the prompts come from and how they are sampled.
 
     ``template`` makes the prompts of a source with columns, ``{column}`` each; empty for others.
+    ``same_prompts_as`` names the segment that this one is a variant of: it is sent the very same
+    prompts, sampled otherwise; empty for a segment of its own.
     """
 
     name: str
@@ -181,6 +183,7 @@ class Segment:
     max_tokens: int = 128
     api: Api = Api.CHAT
     template: str = ""
+    same_prompts_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +394,8 @@ class StudyDesign:
     ``trials`` stand in the order of execution. ``warmup`` is the number of warm-up prompts per
     segment; ``servers_together`` keeps all servers that specwise starts in memory, the idle ones
     suspended, so that arms can alternate; ``keep_text`` stores the outputs because the user asked.
+    ``experiment`` names what the design was made for ("temperature", "ladder", "mixed"): the report
+    has a page for it. Empty for a plain study.
     """
 
     name: str
@@ -407,6 +412,7 @@ class StudyDesign:
     warmup: int = 2
     servers_together: bool = True
     keep_text: bool = False
+    experiment: str = ""
 
     def arm(self, name: str) -> Arm:
         """The arm of that name; KeyError if there is none."""
@@ -444,6 +450,7 @@ class StudyData:
     """A study folder read back: the design, its provenance and every trial measured so far.
 
     ``predicted`` marks data that a simulation made; everything shown from it must say so.
+    ``skipped`` holds the trials that the study decided not to run, by id, with the reason.
     """
 
     design: StudyDesign
@@ -451,6 +458,7 @@ class StudyData:
     trials: tuple[MeasuredTrial, ...]
     folder: str
     predicted: bool = False
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 class Losslessness(StrEnum):

@@ -1,18 +1,10 @@
-"""The study file: TOML in, a `StudyDesign` out, trials in their order of execution.
-
-Order of trials (architecture rule 2). Within a block (workload, load, repeat) every arm runs once
-on the same prompts. The order of arms is reversed from one block to the next and from one repeat
-to the next (A B C, C B A, ...), so that slow drift of the machine falls on all arms alike. In one
-block per load point the baseline runs a second time at the far end of the block: the A/A trial.
-With servers that cannot stay in memory together, one arm runs all its blocks of a repeat before
-the next starts, and the order of arms is reversed between repeats.
-"""
+"""The study file: TOML in, a `StudyDesign` out."""
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,21 +16,22 @@ from specwise.domain import (
     Deployment,
     LoadPoint,
     Loop,
-    Purpose,
     Segment,
     Slo,
     Speculation,
     StudyDesign,
-    Trial,
     Workload,
 )
 from specwise.errors import StudyFileError
+from specwise.measurement.experiments import VersionOf, as_experiment
+from specwise.measurement.trials import order_trials
 
 STUDY_FILE_SCHEMA = 1
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
 
 
 class _Table(BaseModel):
@@ -85,7 +78,7 @@ class _ArmTable(_Table):
 class _SegmentTable(_Table):
     name: Name
     prompts: str
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    temperature: Temperature = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: PositiveInt = 128
     api: Api = Api.CHAT
@@ -117,6 +110,8 @@ class _StudyTable(_Table):
     name: Name
     seed: int = 0
     keep_text: bool = False
+    experiment: Literal["temperature", "ladder", "mixed"] | None = None
+    temperatures: list[Temperature] = []
     slo: _SloTable = _SloTable()
     serve: _ServeTable = _ServeTable()
     arm: list[_ArmTable]
@@ -125,8 +120,14 @@ class _StudyTable(_Table):
     load: _LoadTable
 
 
-def read_study_file(path: Path) -> tuple[StudyDesign, str]:
-    """The design in the TOML file at ``path``, and the file's text.
+def read_study_file(
+    path: Path,
+    *,
+    experiment: str | None = None,
+    temperatures: Sequence[float] = (),
+    version_of: VersionOf = lambda _: None,
+) -> tuple[StudyDesign, str]:
+    """The design in the TOML file at ``path``, and the file's text; see `parse_study`.
 
     Raises StudyFileError that names the offending key if the file is missing or wrong.
     """
@@ -139,17 +140,39 @@ def read_study_file(path: Path) -> tuple[StudyDesign, str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyFileError(f"Study file {path} cannot be read: {error}.") from error
-    return parse_study(text, name=str(path)), text
+    design = parse_study(
+        text,
+        name=str(path),
+        experiment=experiment,
+        temperatures=temperatures,
+        version_of=version_of,
+    )
+    return design, text
 
 
 def bundled_study(name: str) -> str:
-    """The text of a study file that ships with specwise: example, demo or demo-quick."""
+    """The text of a study file that ships with specwise.
+
+    ``example`` (the user's own servers), ``demo``, ``demo-quick``, and one for each experiment:
+    ``temperature``, ``ladder``, ``mixed`` (the embedded engine).
+    """
     folder = Path(__file__).resolve().parents[1] / "bundled" / "studies"
     return (folder / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def parse_study(text: str, *, name: str) -> StudyDesign:
-    """The design in TOML ``text``; ``name`` is what error messages call it."""
+def parse_study(
+    text: str,
+    *,
+    name: str,
+    experiment: str | None = None,
+    temperatures: Sequence[float] = (),
+    version_of: VersionOf = lambda _: None,
+) -> StudyDesign:
+    """The design in TOML ``text``; ``name`` is what error messages call it.
+
+    ``experiment`` and ``temperatures`` stand above what the file says of them; see
+    `experiments.as_experiment` for them and for ``version_of``.
+    """
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -163,7 +186,12 @@ def parse_study(text: str, *, name: str) -> StudyDesign:
         table = _StudyTable.model_validate(raw)
     except ValidationError as error:
         raise StudyFileError(f"{name}: {_explain(error)}", _NEXT) from error
-    return _design(table, name)
+    design = _design(table, name)
+    chosen = experiment or table.experiment or ""
+    wanted = tuple(temperatures) or tuple(table.temperatures)
+    if not chosen and not wanted:
+        return design
+    return as_experiment(design, chosen, temperatures=wanted, version_of=version_of)
 
 
 _NEXT = "docs/reference/study-file.md lists every key; `specwise measure --example` prints a file."
@@ -383,51 +411,4 @@ def _production_load(load: _LoadTable, loads: tuple[LoadPoint, ...], name: str) 
     raise StudyFileError(
         f"{name}: load.production = {load.production:g} is not among the load points.",
         "The verdict is about production's load, so it must be measured: add it to the list.",
-    )
-
-
-def order_trials(
-    arms: tuple[Arm, ...],
-    workloads: tuple[Workload, ...],
-    loads: tuple[LoadPoint, ...],
-    *,
-    requests: Mapping[LoadPoint, int],
-    repeats: int,
-    noise_workload: str | None,
-    together: bool,
-) -> tuple[Trial, ...]:
-    """Every trial of the design in the order of execution described at the top of this module."""
-    baseline = arms[0].name
-    planned: list[tuple[str, str, LoadPoint, int, Purpose]] = []
-    blocks = [(workload.name, load) for workload in workloads for load in loads]
-    for repeat in range(repeats):
-        names = [arm.name for arm in arms]
-        if not together:
-            ordered = names if repeat % 2 == 0 else names[::-1]
-            for name in ordered:
-                for workload, load in blocks:
-                    planned.append((name, workload, load, repeat, Purpose.MEASURE))
-                    if name == baseline and workload == noise_workload and repeat == 0:
-                        planned.append((name, workload, load, repeat, Purpose.NOISE_FLOOR))
-            continue
-        for number, (workload, load) in enumerate(blocks):
-            forward = (number + repeat) % 2 == 0
-            ordered = names if forward else names[::-1]
-            block = [(name, workload, load, repeat, Purpose.MEASURE) for name in ordered]
-            if workload == noise_workload and repeat == 0:
-                again = (baseline, workload, load, repeat, Purpose.NOISE_FLOOR)
-                block = [*block, again] if forward else [again, *block]
-            planned.extend(block)
-    return tuple(
-        Trial(
-            trial_id=f"{number:04d}-{arm}-{workload}-{load.label}-r{repeat}"
-            + ("-aa" if purpose is Purpose.NOISE_FLOOR else ""),
-            arm=arm,
-            workload=workload,
-            load=load,
-            repeat=repeat,
-            purpose=purpose,
-            requests=requests[load],
-        )
-        for number, (arm, workload, load, repeat, purpose) in enumerate(planned, start=1)
     )
