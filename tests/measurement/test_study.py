@@ -325,6 +325,35 @@ def test_an_api_key_opens_the_server_and_is_stored_nowhere(
             assert b"words" not in content, f"prompt text in {file}"
 
 
+def test_a_missing_prompt_file_leaves_no_folder_behind(tmp_path: Path) -> None:
+    path = write_study(tmp_path, "http://127.0.0.1:9", "http://127.0.0.1:9", SHORT)
+    (tmp_path / "prompts.jsonl").unlink()
+    done = subprocess.run(
+        command("measure", str(path), "--out", str(tmp_path / "study")),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "prompts.jsonl does not exist" in done.stderr
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_the_source_says_of_sampling_is_noted_and_stored(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT)
+        prompts = "\n".join(json.dumps({"prompt": f"p{i}", "temperature": 0.8}) for i in range(40))
+        (tmp_path / "prompts.jsonl").write_text(prompts)
+        data, notes = measure(new_folder(path), tmp_path)
+    assert any(
+        note.startswith("segment one: Measured at temperature 0, but the source asks for 0.8")
+        for note in notes
+    )
+    stored = data.provenance["prompt_notes"]
+    assert len(stored["one"]) == 1
+    assert stored["two"] == []
+
+
 def test_prompts_that_changed_between_sittings_are_refused(tmp_path: Path) -> None:
     with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
         folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))

@@ -29,11 +29,10 @@ from specwise.domain import (
     TrialPart,
 )
 from specwise.errors import PromptError, ServerError, StoppedError, StoreError
-from specwise.facts.bundled import bundled_prompts
 from specwise.measurement.arrivals import intended_times, parse_trace
 from specwise.measurement.fleet import Fleet
 from specwise.measurement.load import PlannedRequest, Target, run_load
-from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_prompts
+from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_source, remarks
 from specwise.measurement.store import StudyFolder
 from specwise.vllm import metrics
 from specwise.vllm.response import endpoint, request_body
@@ -72,9 +71,10 @@ def conduct(
     EngineError for servers that cannot, StoppedError when ``stop`` asked for it.
     """
     design = folder.design
-    sources = {s.name: load_prompts(s.prompts, base, bundled_prompts) for s in design.segments}
-    prompts = PromptPlan(sources, design.segments, seed=design.seed, warmup=design.warmup)
-    digests = {name: digest(source) for name, source in sources.items()}
+    sources = {s.name: load_source(s.prompts, base, template=s.template) for s in design.segments}
+    texts = {name: source.prompts for name, source in sources.items()}
+    prompts = PromptPlan(texts, design.segments, seed=design.seed, warmup=design.warmup)
+    digests = {name: digest(source) for name, source in texts.items()}
     known = folder.provenance.get("prompts", digests)
     changed = [name for name, value in digests.items() if known.get(name) != value]
     if changed:
@@ -85,7 +85,11 @@ def conduct(
     if all(folder.is_complete(trial) for trial in design.trials):
         listener.note("every trial is measured already")
         return
-    folder.add_provenance({"prompts": digests, "base": str(base)})
+    notes = {s.name: list(remarks(s, sources[s.name])) for s in design.segments}
+    for name, sentences in notes.items():
+        for sentence in sentences:
+            listener.note(f"segment {name}: {sentence}")
+    folder.add_provenance({"prompts": digests, "prompt_notes": notes, "base": str(base)})
     with (
         folder.locked(),
         Fleet(
