@@ -348,13 +348,30 @@ class GaugeSample:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuSeries:
+    """One GPU of the server's machine over a trial part, about one sample a second.
+
+    ``at_s[i]`` is when sample i was taken; ``utilisation`` the share of time in which a kernel ran,
+    0 to 1, over the driver's last sampling period (a sixth of a second to a second). None is "the
+    driver does not say", never zero.
+    """
+
+    index: int
+    name: str
+    memory_total_bytes: int | None
+    at_s: tuple[float, ...]
+    memory_used_bytes: tuple[int | None, ...]
+    utilisation: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TrialPart:
     """One uninterrupted stretch of a trial; a resumed trial has several.
 
     ``number`` is the ``part`` of its records. A part that was killed leaves records and no
     `TrialPart`. ``counters`` are the differences of the server's counters over the part, by
     canonical name; ``counters_reset`` says that the server restarted inside it, which makes them
-    unusable.
+    unusable. ``gpu_note`` says why ``gpus`` is empty, where it was tried.
     """
 
     started_at: str
@@ -364,6 +381,8 @@ class TrialPart:
     counters_reset: bool = False
     gauges: tuple[GaugeSample, ...] = ()
     number: int = 0
+    gpus: tuple[GpuSeries, ...] = ()
+    gpu_note: str = ""
 
 
 class Purpose(StrEnum):
