@@ -228,7 +228,7 @@ def _summary(
     notes = []
     k = None if speculation.schedule else speculation.k
     padded = merge([counts], k or 0) or counts
-    drafted = _drafted(counts, speculation)
+    drafted = drafted_tokens(counts, speculation)
     unconditional: tuple[float, ...] = ()
     if k is None:
         notes.append("draft length follows the batch size: compare length and rate only")
@@ -263,7 +263,7 @@ def _summary(
     )
 
 
-def _drafted(counts: AcceptanceCounts, speculation: Speculation) -> int | None:
+def drafted_tokens(counts: AcceptanceCounts, speculation: Speculation) -> int | None:
     """Drafted tokens: as counted, else steps x k where every step drafts k, else unknown."""
     if counts.drafted_tokens is not None:
         return counts.drafted_tokens
@@ -280,7 +280,7 @@ def _may_draft_less(speculation: Speculation) -> bool:
 def _spread(records: Sequence[RequestRecord], speculation: Speculation) -> RequestSpread | None:
     """The distribution of the per-request rate, from the best source the records have."""
     for source in (AcceptanceSource.PER_REQUEST, AcceptanceSource.CHUNKS):
-        drafted = [(c, _drafted(c, speculation)) for c in _of_source(records, source)]
+        drafted = [(c, drafted_tokens(c, speculation)) for c in _of_source(records, source)]
         rates = np.array([c.accepted_tokens / d for c, d in drafted if d])
         if len(rates):
             p10, p50, p90 = np.quantile(rates, [0.1, 0.5, 0.9])
