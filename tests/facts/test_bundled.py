@@ -25,7 +25,7 @@ from specwise.facts.bundled import (
     common_prefix,
     padded_target,
 )
-from specwise.facts.llama import ReferenceLlama, load_bfloat16, save_bfloat16
+from specwise.facts.llama import ReferenceLlama, load_bfloat16, save_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIALS = {"<|user|>": 0, "<|assistant|>": 1, "<|end|>": 2}
@@ -171,7 +171,7 @@ def test_padding_that_does_something_is_found(padded: Path, tmp_path: Path) -> N
     tensors = load_bfloat16(broken / "model.safetensors")
     name = "model.layers.5.mlp.down_proj.weight"
     tensors[name] = tensors["model.layers.1.mlp.down_proj.weight"]
-    save_bfloat16(broken / "model.safetensors", tensors)
+    save_tensors(broken / "model.safetensors", tensors)
     check = check_padding(broken)
     assert not check.same
     assert check.largest_logit_difference > 0.1
@@ -199,7 +199,7 @@ def test_a_half_written_copy_is_replaced_and_other_weights_get_another_folder(
     shutil.copytree(bundled_target(), tmp_path / "target")
     tensors = load_bfloat16(tmp_path / "target" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.uint16(1)
-    save_bfloat16(tmp_path / "target" / "model.safetensors", tensors)
+    save_tensors(tmp_path / "target" / "model.safetensors", tensors)
     monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
     first = padded_target(tmp_path / "out")
     assert first.name != padded.name
@@ -215,7 +215,7 @@ def test_no_room_is_one_clear_error_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundled, "save_bfloat16", full)
+    monkeypatch.setattr(bundled, "save_tensors", full)
     with pytest.raises(CheckpointError, match="No space left") as raised:
         padded_target(tmp_path / "full")
     assert "250 MB" in raised.value.next_step

@@ -73,6 +73,7 @@ def test_the_log_says_which_repairs_the_worker_has(drafting_server: Server, logs
     assert [line.partition("specwise ")[2] for line in said] == [
         "repair 'sampling' applied",
         "repair 'synthetic' applied",
+        "repair 'int4' applied",
     ]
 
 

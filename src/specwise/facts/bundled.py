@@ -11,16 +11,17 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from specwise.errors import CheckpointError
-from specwise.facts.llama import Bfloat16s, ReferenceLlama, load_bfloat16, save_bfloat16
+from specwise.facts.llama import Bfloat16s, ReferenceLlama, load_bfloat16, save_tensors
 
 SEGMENTS = ("json", "copy", "code", "prose")
 PADDED_NAME = "specwise-demo-target-padded-100m"
@@ -28,7 +29,6 @@ PADDED_LAYERS = 8
 PADDED_INTERMEDIATE = 10240
 
 _FOLDER = Path(__file__).resolve().parents[1] / "bundled"
-_MARKER = "padding.json"
 _RECIPE = {"layers": PADDED_LAYERS, "intermediate": PADDED_INTERMEDIATE, "format": 1}
 _BLOCK_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
@@ -67,29 +67,55 @@ def padded_target(folder: Path) -> Path:
     Returns the checkpoint folder. Raises CheckpointError when it cannot be written.
     """
     source = bundled_target()
-    wanted = {"recipe": _RECIPE, "source_sha256": _sha256(source / "model.safetensors")}
-    padded = folder / f"{PADDED_NAME}-{hashlib.sha256(_canonical(wanted)).hexdigest()[:12]}"
-    if _marker(padded) == wanted:
-        return padded
+    return derived_checkpoint(
+        folder,
+        PADDED_NAME,
+        {"recipe": _RECIPE, "source_sha256": file_sha256(source / "model.safetensors")},
+        lambda out: _write_padded(source, out),
+        marker="padding.json",
+        what="the padded target",
+        room_mb=250,
+    )
+
+
+def derived_checkpoint(
+    folder: Path,
+    name: str,
+    wanted: Mapping[str, Any],
+    write: Callable[[Path], None],
+    *,
+    marker: str,
+    what: str,
+    room_mb: int,
+) -> Path:
+    """A checkpoint folder inside ``folder`` that ``write`` makes, whole or not at all.
+
+    ``wanted`` says what it is made from and how: it gives the folder its name and is kept in the
+    file ``marker``, so that a copy made from the same is kept as it is. Raises CheckpointError,
+    about ``what`` and the ``room_mb`` it takes, when it cannot be written.
+    """
+    made = folder / f"{name}-{hashlib.sha256(_canonical(wanted)).hexdigest()[:12]}"
+    if _marker(made / marker) == wanted:
+        return made
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{PADDED_NAME}-", dir=folder))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
         try:
-            _write_padded(source, unfinished)
-            (unfinished / _MARKER).write_bytes(_canonical(wanted))
-            shutil.rmtree(padded, ignore_errors=True)
-            unfinished.rename(padded)
+            write(unfinished)
+            (unfinished / marker).write_bytes(_canonical(wanted))
+            shutil.rmtree(made, ignore_errors=True)
+            unfinished.rename(made)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         # Another process may have finished the same copy meanwhile: then it is just as good.
-        if _marker(padded) == wanted:
-            return padded
+        if _marker(made / marker) == wanted:
+            return made
         raise CheckpointError(
-            f"the padded target cannot be written to {folder}: {error}",
-            "Free about 250 MB there, or set SPECWISE_HOME to a folder with room.",
+            f"{what} cannot be written to {folder}: {error}",
+            f"Free about {room_mb} MB there, or set SPECWISE_HOME to a folder with room.",
         ) from error
-    return padded
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +193,7 @@ def _write_padded(source: Path, out: Path) -> None:
                 is_identity = layer >= trained_layers and part in _BLOCK_OUTPUTS
                 widened = _widened(part, np.zeros_like(tensor) if is_identity else tensor)
                 padded[f"model.layers.{layer}.{part}"] = widened
-    save_bfloat16(out / "model.safetensors", padded)
+    save_tensors(out / "model.safetensors", padded)
 
 
 def _widened(part: str, tensor: Bfloat16s) -> Bfloat16s:
@@ -179,9 +205,9 @@ def _widened(part: str, tensor: Bfloat16s) -> Bfloat16s:
     return tensor
 
 
-def _marker(folder: Path) -> object:
+def _marker(path: Path) -> object:
     try:
-        return json.loads((folder / _MARKER).read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -190,10 +216,11 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The file's sha256 in hexadecimal; CheckpointError if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(
-            f"the bundled checkpoint is missing: {error}", "Reinstall specwise."
+            f"the weights of a bundled checkpoint are missing: {error}", "Reinstall specwise."
         ) from error

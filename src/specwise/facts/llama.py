@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ Floats = npt.NDArray[np.float32]
 Bfloat16s = npt.NDArray[np.uint16]
 
 
-def load_bfloat16(path: Path) -> dict[str, Bfloat16s]:
-    """The tensors of a safetensors file that holds BF16 only, by name, as their 16 bits.
+# Names of safetensors' dtypes; numpy has no bfloat16, so its 16 bits stand in.
+_DTYPES = {"BF16": "<u2", "F32": "<f4", "I8": "<i1", "I32": "<i4", "I64": "<i8"}
+
+
+def load_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a safetensors file by name; BF16 as its 16 bits (uint16).
 
     Layout: eight bytes of header length, little endian; the header in JSON; the data. Raises
-    CheckpointError when the file is not that.
+    CheckpointError when the file is not that, or holds another dtype than BF16, F32, I8, I32, I64.
     """
     try:
         raw = path.read_bytes()
@@ -35,27 +40,44 @@ def load_bfloat16(path: Path) -> dict[str, Bfloat16s]:
         entries.pop("__metadata__", None)
         tensors = {}
         for name, entry in entries.items():
-            if entry["dtype"] != "BF16":
-                raise ValueError(f"{name} is {entry['dtype']}, not BF16")
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is {entry['dtype']}, not one of {', '.join(_DTYPES)}")
             first, last = entry["data_offsets"]
-            bits = np.frombuffer(raw[start + first : start + last], dtype="<u2")
-            tensors[name] = bits.reshape(entry["shape"])
+            data = np.frombuffer(raw[start + first : start + last], dtype=_DTYPES[entry["dtype"]])
+            tensors[name] = data.reshape(entry["shape"])
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is not a safetensors file of bfloat16 tensors: {error}",
+            f"{path} is not a safetensors file that can be used here: {error}",
             "Copy the checkpoint again, or reinstall specwise if it is one of its own.",
         ) from error
     return tensors
 
 
-def save_bfloat16(path: Path, tensors: dict[str, Bfloat16s]) -> None:
-    """Write tensors, given as their 16 bits, as a safetensors file of BF16; it is on disk after."""
+def load_bfloat16(path: Path) -> dict[str, Bfloat16s]:
+    """The tensors of a safetensors file that holds BF16 only, by name, as their 16 bits.
+
+    Raises CheckpointError when the file is not that.
+    """
+    tensors = load_tensors(path)
+    others = [name for name, tensor in tensors.items() if tensor.dtype != np.uint16]
+    if others:
+        raise CheckpointError(
+            f"{path} is not a safetensors file of bfloat16 tensors: {others[0]} is "
+            f"{tensors[others[0]].dtype}.",
+            "Give the checkpoint before it was quantised or converted.",
+        )
+    return tensors
+
+
+def save_tensors(path: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write tensors as a safetensors file, uint16 as BF16; the file is on disk after."""
+    names = {np.dtype(code): name for name, code in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         first, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": "BF16",
+            "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [first, end],
         }
@@ -64,12 +86,12 @@ def save_bfloat16(path: Path, tensors: dict[str, Bfloat16s]) -> None:
     with path.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
-            stream.write(tensor.astype("<u2").tobytes())
+            stream.write(np.ascontiguousarray(tensor).tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _as_float32(bits: Bfloat16s) -> Floats:
+def as_float32(bits: Bfloat16s) -> Floats:
     """A bfloat16 is the upper half of the float32 of the same value."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -86,7 +108,7 @@ class ReferenceLlama:
         """Read config.json and model.safetensors of a checkpoint folder."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_bfloat16(folder / "model.safetensors")
-        return cls(config, {name: _as_float32(bits) for name, bits in tensors.items()})
+        return cls(config, {name: as_float32(bits) for name, bits in tensors.items()})
 
     def logits(self, tokens: list[int]) -> Floats:
         """Logits [length, vocabulary] after each of the tokens (Touvron et al. 2023)."""

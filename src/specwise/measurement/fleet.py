@@ -18,6 +18,7 @@ from typing import Any
 from specwise.domain import Arm, Deployment, Speculation, StudyDesign
 from specwise.errors import InputError, ServerError
 from specwise.facts.bundled import bundled_draft, bundled_target, padded_target
+from specwise.facts.quantise import Scheme, quantised_checkpoint
 from specwise.measurement.load import Target
 from specwise.measurement.provenance import describe_model
 from specwise.vllm.engine import cache_folder
@@ -214,6 +215,9 @@ class Fleet:
                 "command": list(command),
                 "checkpoint": describe_model(Path(resolve_model(deployment.model))),
             }
+            if arm.speculation is not None and arm.speculation.draft is not None:
+                draft = Path(resolve_model(arm.speculation.draft))
+                description["draft_checkpoint"] = describe_model(draft)
         if description != known:
             self._described[arm.name] = description
             self._on_described(self._described)
@@ -224,21 +228,28 @@ def resolve_model(reference: str) -> str:
 
     ``bundled:target`` is the demo target padded to the cost of a larger model (written to the
     cache at first use), ``bundled:target-unpadded`` the trained one, ``bundled:draft`` its draft.
+    Any of them with ``-int8`` or ``-int4`` at the end is its quantised copy.
     """
     if not reference.startswith("bundled:"):
         return reference
-    match reference.removeprefix("bundled:"):
+    name = reference.removeprefix("bundled:")
+    scheme = next((scheme for scheme in Scheme if name.endswith(f"-{scheme}")), None)
+    match name.removesuffix(f"-{scheme}"):
         case "target":
-            return str(padded_target(cache_folder() / "models"))
+            folder = padded_target(cache_folder() / "models")
         case "target-unpadded":
-            return str(bundled_target())
+            folder = bundled_target()
         case "draft":
-            return str(bundled_draft())
-        case other:
+            folder = bundled_draft()
+        case _:
             raise InputError(
-                f"There is no bundled model {other!r}.",
-                "Use bundled:target, bundled:target-unpadded or bundled:draft.",
+                f"There is no bundled model {name!r}.",
+                "Use bundled:target, bundled:target-unpadded or bundled:draft, with -int8 or "
+                "-int4 at the end for a quantised copy.",
             )
+    if scheme is not None:
+        folder = quantised_checkpoint(cache_folder() / "models", folder, scheme)
+    return str(folder)
 
 
 def api_headers(arm: Arm) -> Mapping[str, str]:

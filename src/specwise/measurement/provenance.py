@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from specwise import __version__
+from specwise.errors import CheckpointError
+from specwise.facts.checkpoint import from_folder
 
 
 def describe_here() -> dict[str, Any]:
@@ -67,9 +69,9 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
     Hashing all weights of a 70B model takes minutes; names, sizes and safetensors headers (which
     hold every tensor's name, shape and place) tell two checkpoints apart in milliseconds, though
-    not two sets of weights of one shape. Empty for a model that is not a local folder.
+    not two sets of weights of one shape. ``weight_bits`` is what its linear layers are stored in,
+    left out where the config does not say. Empty for a model that is not a local folder.
     """
-
     if not (folder / "config.json").is_file():
         return {}
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -79,7 +81,18 @@ def describe_model(folder: Path) -> dict[str, Any]:
             length = int.from_bytes(file.read(8), "little")
             digest.update(file.read(min(length, 64 * 2**20)))
         digest.update(f"{path.name} {path.stat().st_size}".encode())
+    bits = _weight_bits(folder)
     return {
         "config_and_headers_sha256": digest.hexdigest(),
         "weights_bytes": sum(path.stat().st_size for path in weights),
-    }
+    } | ({} if bits is None else {"weight_bits": bits})
+
+
+def _weight_bits(folder: Path) -> float | None:
+    try:
+        checkpoint = from_folder(folder)
+    except CheckpointError:
+        return None
+    if checkpoint.quantization is not None:
+        return checkpoint.quantization.weight_bits
+    return {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0}.get(checkpoint.dtype)

@@ -1,10 +1,12 @@
-"""Two repairs of vLLM's CPU build, applied by vLLM itself when it loads its general plugins.
+"""Three repairs of vLLM's CPU build, applied by vLLM itself when it loads its general plugins.
 
 On the CPU vLLM replaces its Triton kernels by functions of `vllm/utils/cpu_triton_utils.py`, which
-every worker registers after it has loaded the plugins. Each repair swaps such a function before
-that, in the versions it was tested on, and says in the server's log that it did, or why not.
+every worker registers after it has loaded the plugins. Two repairs swap such a function before
+that; the third gives 4-bit weights a product where vLLM has no kernel for one. Each applies to the
+versions it was tested on, and says in the server's log that it did, or why not.
 The environment variable SPECWISE_ENGINE_REPAIRS lists the repairs to apply: "none", or any of
-"sampling,synthetic" (the default). This file runs inside the engine's Python, without specwise.
+"sampling,synthetic,int4" (the default). This file runs inside the engine's Python, without
+specwise.
 """
 
 # ruff: noqa: PLR0917  (vLLM passes the arguments of a kernel by position)
@@ -16,6 +18,10 @@ from itertools import pairwise
 
 import torch
 from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    unpack_quantized_values_into_int32,
+)
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils import cpu_triton_utils
@@ -47,6 +53,17 @@ def allow_synthetic_acceptance() -> None:
     _apply("synthetic", _swap_rejection)
 
 
+def serve_int4() -> None:
+    """Let W4A16 checkpoints be served in float32, and on processors without AVX-512.
+
+    vLLM 0.32 has a CPU kernel for them in bfloat16 and float16 only, and only in its AVX-512
+    builds; elsewhere such a server dies at its first request. Here their weights are dequantised
+    once, when they are loaded, and multiplied as they are then: the same function, at the price in
+    memory and time of a model that is not quantised.
+    """
+    _apply("int4", _swap_int4)
+
+
 def _apply(repair: str, swap: Callable[[], None]) -> None:
     reason = _reason_not_to_apply(repair)
     if reason is None:
@@ -57,7 +74,7 @@ def _apply(repair: str, swap: Callable[[], None]) -> None:
 
 
 def _reason_not_to_apply(repair: str) -> str | None:
-    wanted = os.environ.get(SWITCH, "sampling,synthetic")
+    wanted = os.environ.get(SWITCH, "sampling,synthetic,int4")
     version = vllm.__version__.partition("+")[0]
     if repair not in (name.strip() for name in wanted.split(",")):
         return f"{SWITCH}={wanted}"
@@ -65,7 +82,7 @@ def _reason_not_to_apply(repair: str) -> str | None:
         return f"tested on vLLM {', '.join(TESTED_VERSIONS)}, this is {version}"
     if not current_platform.is_cpu():
         return "this is not the CPU platform"
-    if HAS_TRITON:
+    if HAS_TRITON and repair != "int4":
         return "Triton runs these kernels itself"
     return None
 
@@ -173,3 +190,48 @@ def accept_at_rates(
         last = bonus[row, 0] if accepted == end - start else fallback[start + accepted]
         output[row, :accepted] = drafts[start : start + accepted]
         output[row, accepted] = last
+
+
+def _swap_int4() -> None:
+    load, multiply = (
+        CPUWNA16LinearKernel.process_weights_after_loading,
+        CPUWNA16LinearKernel.apply_weights,
+    )
+
+    def process_weights_after_loading(self: CPUWNA16LinearKernel, layer: torch.nn.Module) -> None:
+        if self.config.zero_points or _has_int4_kernel(self.config.act_type):
+            load(self, layer)
+            return
+        logger.info_once("specwise: 4-bit weights are dequantised and served as floats")
+        packed, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name)
+        by_input = packed.data.t() if packed.input_dim == 1 else packed.data
+        by_group = scales.data.t() if scales.output_dim == 0 else scales.data
+        values = unpack_quantized_values_into_int32(by_input, self.config.weight_type, 0)
+        layer.specwise_weight = dequantise(values - self.config.weight_type.bias, by_group)
+        packed.data = packed.data.new_empty(0)
+
+    def apply_weights(
+        self: CPUWNA16LinearKernel,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weight = getattr(layer, "specwise_weight", None)
+        if weight is None:
+            return multiply(self, layer, x, bias)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    CPUWNA16LinearKernel.process_weights_after_loading = process_weights_after_loading
+    CPUWNA16LinearKernel.apply_weights = apply_weights
+
+
+def _has_int4_kernel(dtype: torch.dtype) -> bool:
+    """Whether this build multiplies 4-bit weights by activations of ``dtype``."""
+    halves = (torch.bfloat16, torch.float16)
+    return dtype in halves and hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def dequantise(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Weights [out, in] from integers [in, out] and scales [groups, out], in the scales' dtype."""
+    group = values.size(0) // scales.size(0)
+    return (values.to(scales.dtype) * scales.repeat_interleave(group, 0)).t().contiguous()
