@@ -20,7 +20,7 @@ from specwise.domain import (
 )
 from specwise.errors import StoreError
 from specwise.measurement.design import bundled_study, parse_study
-from specwise.measurement.store import StudyFolder, read_study
+from specwise.measurement.store import StudyFolder, read_study, remaining
 
 DESIGN = parse_study(bundled_study("example"), name="example")
 TRIAL = DESIGN.trials[0]
@@ -45,6 +45,18 @@ RECORD = RequestRecord(
 
 def folder_at(path: Path) -> StudyFolder:
     return StudyFolder.create(path / "study", DESIGN, {"specwise": "test"}, "text")
+
+
+def test_a_skipped_trial_is_over_without_having_been_measured(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    assert not folder.is_over(TRIAL)
+    folder.skip(TRIAL, "the answer is clear")
+    again = StudyFolder.open(folder.path)
+    assert again.is_over(TRIAL)
+    assert not again.is_complete(TRIAL)
+    study = again.read()
+    assert study.skipped == {TRIAL.trial_id: "the answer is clear"}
+    assert study.trials == ()
 
 
 def test_design_and_records_come_back_as_they_were(tmp_path: Path) -> None:
@@ -72,11 +84,11 @@ def test_a_cancelled_request_is_sent_again_and_counts_once(tmp_path: Path) -> No
     with folder.recording(TRIAL) as writer:
         writer.request(cancelled)
         writer.request(replace(RECORD, index=1))
-    assert folder.remaining(TRIAL) == set(range(TRIAL.requests)) - {1}
+    assert remaining(folder.read_trial(TRIAL)) == set(range(TRIAL.requests)) - {1}
     with folder.recording(TRIAL) as writer:
         writer.request(replace(RECORD, part=1))
     assert [r.part for r in folder.read_trial(TRIAL).records] == [1, 0]
-    assert folder.remaining(TRIAL) == set(range(2, TRIAL.requests))
+    assert remaining(folder.read_trial(TRIAL)) == set(range(2, TRIAL.requests))
 
 
 @settings(max_examples=30, deadline=None)

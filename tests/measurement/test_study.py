@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.fake_vllm import FakeVllm
 
-from specwise.domain import AcceptanceSource, MeasuredTrial, Outcome, StudyData
+from specwise.analysis.latency import summarise
+from specwise.domain import AcceptanceSource, MeasuredTrial, Outcome, StudyData, Trial
 from specwise.errors import InputError, ServerError, StoppedError, StoreError
 from specwise.measurement.design import parse_study
 from specwise.measurement.provenance import describe_here
@@ -384,3 +386,105 @@ def test_the_gauges_are_sampled(tmp_path: Path) -> None:
     samples = [g for t in data.trials for part in t.parts for g in part.gauges]
     assert any(sample.running == 2 for sample in samples)
     assert all(sample.waiting is None for sample in samples), "absent is not zero"
+
+
+def test_variants_of_a_segment_are_sent_its_very_prompts(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT)
+        text = path.read_text()
+        design = parse_study(text, name="s", experiment="temperature", temperatures=(0.0, 0.4))
+        folder = StudyFolder.create(tmp_path / "sweep", design, describe_here(), text)
+        data, _ = measure(folder, tmp_path)
+        sent = baseline.bodies
+    by_workload = {t.trial.workload: prompts_of(t) for t in data.trials}
+    assert by_workload["one"] == by_workload["one-t0.4"]
+    assert by_workload["two"] == by_workload["two-t0"] == by_workload["two-t0.4"]
+    assert by_workload["one"] != by_workload["two"]
+    temperatures = {t.trial.workload: {r.temperature for r in t.records} for t in data.trials}
+    assert temperatures["two-t0.4"] == {0.4}
+    assert {r.segment for t in data.trials for r in t.records} == {s.name for s in design.segments}
+    assert {body["temperature"] for body in sent} == {0.0, 0.4, 0.8}
+    assert set(data.provenance["prompts"]) == {"one", "two"}
+
+
+def test_trials_that_need_not_run_are_recorded_and_the_study_is_finished(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def skip(study: StudyData) -> dict[str, str]:
+        asked.append(len(study.trials))
+        if not study.trials:
+            return {}
+        return {t.trial_id: "clear" for t in study.design.trials if t.load.value == 4}
+
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        load = "concurrency = [1, 2, 4]\nrequests = 2\nrepeats = 1\nproduction = 2"
+        path = write_study(tmp_path, baseline.url, draft.url, load)
+        text = path.read_text()
+        design = parse_study(text, name="s", experiment="ladder")
+        folder = StudyFolder.create(tmp_path / "climb", design, describe_here(), text)
+        notes: list[str] = []
+        listener = Listener(note=notes.append)
+        conduct(folder, base=tmp_path, listener=listener, stop=lambda: False, skip=skip)
+    assert asked == [0, 3], "before each load that is left, with what was measured so far"
+    assert "skipping c4 (3 trials): clear" in notes
+    study = read_study(folder.path)
+    assert {t.trial.load.value for t in study.trials} == {1, 2}
+    assert set(study.skipped.values()) == {"clear"}
+    # The servers are gone: nothing is left to do, and nothing is asked.
+    again: list[str] = []
+    reopened = StudyFolder.open(folder.path)
+    conduct(reopened, base=tmp_path, listener=Listener(note=again.append), stop=lambda: True)
+    assert again == ["every trial is measured already"]
+
+
+def test_a_trial_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = StudyFolder.read_trial
+
+    def count(folder: StudyFolder, trial: Trial) -> MeasuredTrial:
+        read.append(trial.trial_id)
+        return original(folder, trial)
+
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        finished: list[MeasuredTrial] = []
+        monkeypatch.setattr(StudyFolder, "read_trial", count)
+        listener = Listener(trial_finished=lambda measured, _: finished.append(measured))
+        conduct(folder, base=tmp_path, listener=listener, stop=lambda: False)
+    assert read == [trial.trial_id for trial in folder.design.trials]
+    assert tuple(finished) == read_study(folder.path).trials
+
+
+def test_what_the_server_and_its_gpu_say_beside_the_latencies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def more(server: FakeVllm) -> str:
+        answered = len(server.bodies)
+        return (
+            "# TYPE vllm:num_requests_waiting gauge\n"
+            f"vllm:num_requests_waiting {answered % 4}\n"
+            "# TYPE vllm:num_preemptions counter\n"
+            f"vllm:num_preemptions_total {answered}\n"
+            "# TYPE vllm:request_queue_time_seconds histogram\n"
+            f'vllm:request_queue_time_seconds_bucket{{le="+Inf"}} {answered}\n'
+            f"vllm:request_queue_time_seconds_count {answered}\n"
+            f"vllm:request_queue_time_seconds_sum {0.25 * answered}\n"
+        )
+
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu(utilisation_percent=(75,))))
+    monkeypatch.setattr("specwise.measurement.gpu.SAMPLE_PERIOD_S", 0.05)
+    load = "concurrency = [2]\nrequests = 6\nrepeats = 1\nnoise_floor = false"
+    with (
+        FakeVllm(step_s=lambda _: 0.02, more_metrics=more) as baseline,
+        FakeVllm(step_s=lambda _: 0.02, conditional=(0.5, 0.5)) as draft,
+    ):
+        data, _ = measure(
+            new_folder(write_study(tmp_path, baseline.url, draft.url, load)), tmp_path
+        )
+    summaries = {s.arm: s for s in summarise(data) if s.workload == "one"}
+    assert summaries["baseline"].preemptions == 6
+    assert summaries["baseline"].queue_mean_s == pytest.approx(0.25)
+    assert summaries["draft"].queue_mean_s is None, "absent is not zero"
+    for summary in summaries.values():
+        (gpu,) = summary.gpus
+        assert (gpu.utilisation_mean, gpu.memory_used_max_bytes) == (0.75, 10 * 2**30)

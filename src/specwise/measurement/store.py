@@ -7,6 +7,7 @@
         requests.jsonl            one RequestRecord a line, written as each request ends
         parts.jsonl               one TrialPart a line, written as each uninterrupted stretch ends
         complete                  an empty file: the trial needs nothing more
+        skipped                   instead: why the study decided not to run the trial
       logs/<arm>.log              output of servers that specwise started
 
 A record reaches the operating system as soon as its request ends, so killing specwise loses the
@@ -163,6 +164,24 @@ class StudyFolder:
         """Whether the trial needs nothing more."""
         return (self.trial_folder(trial) / "complete").exists()
 
+    def skip(self, trial: Trial, reason: str) -> None:
+        """Record that ``trial`` will not be run, and why; the study counts it as finished."""
+        folder = self.trial_folder(trial)
+        with _disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "skipped").write_text(f"{reason}\n", encoding="utf-8")
+
+    def skipped(self, trial: Trial) -> str:
+        """Why the study decided not to run ``trial``; empty if it did not."""
+        try:
+            return (self.trial_folder(trial) / "skipped").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return ""
+
+    def is_over(self, trial: Trial) -> bool:
+        """Whether nothing is left to do for the trial: it is complete, or was skipped."""
+        return self.is_complete(trial) or bool(self.skipped(trial))
+
     def read_trial(self, trial: Trial) -> MeasuredTrial:
         """What was measured of ``trial`` so far; empty if nothing was.
 
@@ -179,15 +198,6 @@ class StudyFolder:
             complete=self.is_complete(trial),
         )
 
-    def remaining(self, trial: Trial) -> set[int]:
-        """Indices of requests that were not sent, or were cancelled before they ended."""
-        ended = {
-            record.index
-            for record in self.read_trial(trial).records
-            if record.outcome is not Outcome.CANCELLED
-        }
-        return set(range(trial.requests)) - ended
-
     def read(self) -> StudyData:
         """The study as measured so far: every trial that has at least one record."""
         trials = (self.read_trial(trial) for trial in self.design.trials)
@@ -196,7 +206,14 @@ class StudyFolder:
             provenance=self.provenance,
             trials=tuple(measured for measured in trials if measured.records),
             folder=str(self.path),
+            skipped={t.trial_id: why for t in self.design.trials if (why := self.skipped(t))},
         )
+
+
+def remaining(measured: MeasuredTrial) -> set[int]:
+    """Indices of requests that were not sent, or were cancelled before they ended."""
+    ended = {r.index for r in measured.records if r.outcome is not Outcome.CANCELLED}
+    return set(range(measured.trial.requests)) - ended
 
 
 class TrialWriter:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,20 @@ from specwise.domain import (
     MeasuredTrial,
     Outcome,
     RequestRecord,
+    Segment,
+    StudyData,
     StudyDesign,
     Trial,
     TrialPart,
+    Workload,
 )
 from specwise.errors import PromptError, ServerError, StoppedError, StoreError
 from specwise.measurement.arrivals import intended_times, parse_trace
 from specwise.measurement.fleet import Fleet
+from specwise.measurement.gpu import GpuSampler
 from specwise.measurement.load import PlannedRequest, Target, run_load
 from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_source, remarks
-from specwise.measurement.store import StudyFolder
+from specwise.measurement.store import StudyFolder, remaining
 from specwise.vllm import metrics
 from specwise.vllm.response import endpoint, request_body
 
@@ -61,19 +65,30 @@ class Listener:
     trial_finished: Callable[[MeasuredTrial, Progress], None] = lambda *_: None
 
 
+Skip = Callable[[StudyData], Mapping[str, str]]
+"""Which trials need not be run, by id, with the reason, given what was measured so far."""
+
+
 def conduct(
-    folder: StudyFolder, *, base: Path, listener: Listener, stop: Callable[[], bool]
+    folder: StudyFolder,
+    *,
+    base: Path,
+    listener: Listener,
+    stop: Callable[[], bool],
+    skip: Skip | None = None,
 ) -> None:
     """Measure what is left of the study in ``folder``: the whole job of ``specwise measure``.
 
     Relative paths of the study count from ``base``. Starts and stops the servers the design asks
-    for. Raises PromptError or InputError for a design that cannot be run here, ServerError or
-    EngineError for servers that cannot, StoppedError when ``stop`` asked for it.
+    for. ``skip`` is asked before each load begins. Raises PromptError or InputError for a design
+    that cannot be run here, ServerError or EngineError for servers that cannot, StoppedError when
+    ``stop`` asked for it.
     """
     design = folder.design
-    sources = {s.name: load_source(s.prompts, base, template=s.template) for s in design.segments}
+    segments = [segment for segment in design.segments if not segment.same_prompts_as]
+    sources = {s.name: load_source(s.prompts, base, template=s.template) for s in segments}
     texts = {name: source.prompts for name, source in sources.items()}
-    prompts = PromptPlan(texts, design.segments, seed=design.seed, warmup=design.warmup)
+    prompts = PromptPlan(texts, segments, seed=design.seed, warmup=design.warmup)
     digests = {name: digest(source) for name, source in texts.items()}
     known = folder.provenance.get("prompts", digests)
     changed = [name for name, value in digests.items() if known.get(name) != value]
@@ -82,10 +97,10 @@ def conduct(
             f"The prompts of segment {', '.join(changed)} changed since {folder.path} was begun.",
             "Restore the file, or measure into a new folder: arms must see the same prompts.",
         )
-    if all(folder.is_complete(trial) for trial in design.trials):
+    if all(folder.is_over(trial) for trial in design.trials):
         listener.note("every trial is measured already")
         return
-    notes = {s.name: list(remarks(s, sources[s.name])) for s in design.segments}
+    notes = {s.name: list(remarks(s, sources[s.name])) for s in segments}
     for name, sentences in notes.items():
         for sentence in sentences:
             listener.note(f"segment {name}: {sentence}")
@@ -101,7 +116,7 @@ def conduct(
         ) as fleet,
     ):
         fleet.start()
-        measure(folder, prompts, fleet, base=base, listener=listener, stop=stop)
+        measure(folder, prompts, fleet, base=base, listener=listener, stop=stop, skip=skip)
 
 
 def measure(
@@ -112,8 +127,9 @@ def measure(
     base: Path,
     listener: Listener,
     stop: Callable[[], bool],
+    skip: Skip | None = None,
 ) -> None:
-    """Run every trial of ``folder`` that is not complete yet.
+    """Run every trial of ``folder`` that is neither complete nor skipped.
 
     ``base`` is where a trace file's relative path counts from. Raises StoppedError when ``stop``
     asked for it, ServerError when a server cannot be brought back; both leave the folder ready to
@@ -128,15 +144,32 @@ def measure(
             "(a prefix cache may answer them faster)"
         )
     clock = _TrialClock(design)
-    clock.done.update(trial.trial_id for trial in design.trials if folder.is_complete(trial))
+    clock.done.update(trial.trial_id for trial in design.trials if folder.is_over(trial))
+    asked_before: LoadPoint | None = None
     for trial in design.trials:
+        if skip is not None and trial.load != asked_before and trial.trial_id not in clock.done:
+            asked_before = trial.load
+            clock.done.update(_skip(folder, skip(folder.read()), listener))
         if trial.trial_id in clock.done:
             continue
         listener.trial_started(trial, clock.progress())
         began = time.monotonic()
-        sitting.run_trial(trial, cells[trial.trial_id])
+        measured = sitting.run_trial(trial, cells[trial.trial_id])
         clock.add(trial, time.monotonic() - began)
-        listener.trial_finished(folder.read_trial(trial), clock.progress())
+        listener.trial_finished(measured, clock.progress())
+
+
+def _skip(folder: StudyFolder, reasons: Mapping[str, str], listener: Listener) -> set[str]:
+    """Record the trials that need not be run and say so, a line for each reason."""
+    by_reason: dict[str, list[Trial]] = {}
+    for trial in folder.design.trials:
+        if trial.trial_id in reasons and not folder.is_over(trial):
+            folder.skip(trial, reasons[trial.trial_id])
+            by_reason.setdefault(reasons[trial.trial_id], []).append(trial)
+    for reason, trials in by_reason.items():
+        loads = dict.fromkeys(trial.load.label for trial in trials)
+        listener.note(f"skipping {', '.join(loads)} ({len(trials)} trials): {reason}")
+    return {trial.trial_id for trials in by_reason.values() for trial in trials}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,24 +188,44 @@ class _Sitting:
         return self.folder.design
 
     def deal(self, trial: Trial) -> tuple[ChosenPrompt, ...]:
-        workload = self.design.workload(trial.workload)
-        return self.prompts.deal(workload, trial.load, trial.repeat, trial.requests)
+        workload, sent_as = self._prompts_of(trial)
+        chosen = self.prompts.deal(workload, trial.load, trial.repeat, trial.requests)
+        return tuple(replace(c, segment=sent_as[c.segment.name]) for c in chosen)
 
-    def run_trial(self, trial: Trial, chosen: Sequence[ChosenPrompt]) -> None:
+    def _warmup(self, trial: Trial) -> tuple[ChosenPrompt, ...]:
+        workload, sent_as = self._prompts_of(trial)
+        chosen = self.prompts.warmup(workload)
+        return tuple(replace(c, segment=sent_as[c.segment.name]) for c in chosen)
+
+    def _prompts_of(self, trial: Trial) -> tuple[Workload, Mapping[str, Segment]]:
+        """The workload whose prompts ``trial`` sends, and what each of its segments is sent as.
+
+        Variants of a segment are dealt that segment's own cell: the very same prompts.
+        """
+        workload = self.design.workload(trial.workload)
+        segments = [self.design.segment(name) for name, _ in workload.shares]
+        sent_as = {s.same_prompts_as or s.name: s for s in segments}
+        if not any(s.same_prompts_as for s in segments):
+            return workload, sent_as
+        shares = tuple(zip(sent_as, (share for _, share in workload.shares), strict=True))
+        return Workload("+".join(sent_as), shares), sent_as
+
+    def run_trial(self, trial: Trial, chosen: Sequence[ChosenPrompt]) -> MeasuredTrial:
         """Send what is left of one trial, in as many parts as the server's health demands."""
         arm = self.design.arm(trial.arm)
+        measured = self.folder.read_trial(trial)
         for attempt in range(MAX_PARTS_PER_SITTING):
-            remaining = self.folder.remaining(trial)
-            if not remaining:
+            left = remaining(measured)
+            if not left:
                 break
             self._check_stop()
             if attempt:
                 self.listener.note(f"{trial.trial_id}: the server went away; going on")
             target = self.fleet.ready(arm)
-            _warm_up(target, self.prompts.warmup(self.design.workload(trial.workload)), trial)
+            _warm_up(target, self._warmup(trial), trial)
             self._check_stop()
-            self._run_part(trial, [c for c in chosen if c.index in remaining], target)
-        if self.folder.remaining(trial):
+            measured = self._run_part(measured, [c for c in chosen if c.index in left], target)
+        if remaining(measured):
             self._check_stop()
             raise ServerError(
                 f"The server of arm {trial.arm!r} failed {MAX_PARTS_PER_SITTING} times in trial "
@@ -182,6 +235,7 @@ class _Sitting:
             )
         with self.folder.recording(trial) as writer:
             writer.complete()
+        return replace(measured, complete=True)
 
     def _check_stop(self) -> None:
         if self.stop():
@@ -190,10 +244,17 @@ class _Sitting:
                 f"Go on with `specwise measure --resume {self.folder.path}`.",
             )
 
-    def _run_part(self, trial: Trial, chosen: Sequence[ChosenPrompt], target: Target) -> None:
-        """One stretch of load: records as they end, counters and gauges around them."""
+    def _run_part(
+        self, before_it: MeasuredTrial, chosen: Sequence[ChosenPrompt], target: Target
+    ) -> MeasuredTrial:
+        """One stretch of load: records as they end, counters and gauges around them.
+
+        Returns the trial as it stands in the folder afterwards.
+        """
+        trial = before_it.trial
         arm = self.design.arm(trial.arm)
-        part = 1 + max((r.part for r in self.folder.read_trial(trial).records), default=-1)
+        part = 1 + max((r.part for r in before_it.records), default=-1)
+        records = {r.index: r for r in before_it.records}
         requests = self._plan(trial, chosen, target, part)
         refused: list[RequestRecord] = []
 
@@ -203,6 +264,10 @@ class _Sitting:
         before = _scrape(target)
         with self.folder.recording(trial) as writer:
 
+            def write(request: RequestRecord) -> None:
+                writer.request(request)
+                records[request.index] = request
+
             def record(request: RequestRecord) -> None:
                 # A refused connection is the arm's failure if the server answers again in this
                 # run. Otherwise it is away: the run pauses, and what was refused is sent again.
@@ -211,14 +276,14 @@ class _Sitting:
                     return
                 if request.outcome in (Outcome.OK, Outcome.HTTP_ERROR):
                     flush()
-                writer.request(request)
+                write(request)
 
             def flush() -> None:
                 for held in refused:
-                    writer.request(held)
+                    write(held)
                 refused.clear()
 
-            with _GaugeSampler(target) as gauges:
+            with _GaugeSampler(target) as gauges, GpuSampler(arm) as gpus:
                 run = run_load(
                     requests,
                     target=target,
@@ -232,17 +297,21 @@ class _Sitting:
                 flush()
             after = _scrape(target)
             delta = metrics.difference(before, after) if before and after else None
-            writer.part(
-                TrialPart(
-                    started_at=run.started_at,
-                    duration_s=run.duration_s,
-                    client=run.client,
-                    counters=delta.counters if delta else {},
-                    counters_reset=delta.reset if delta else False,
-                    gauges=gauges.samples(),
-                    number=part,
-                )
+            ended = TrialPart(
+                started_at=run.started_at,
+                duration_s=run.duration_s,
+                client=run.client,
+                counters=delta.counters if delta else {},
+                counters_reset=delta.reset if delta else False,
+                gauges=gauges.samples(),
+                number=part,
             )
+            writer.part(ended)
+        return replace(
+            before_it,
+            records=tuple(records[index] for index in sorted(records)),
+            parts=(*before_it.parts, ended),
+        )
 
     def _plan(
         self, trial: Trial, chosen: Sequence[ChosenPrompt], target: Target, part: int
