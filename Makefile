@@ -11,6 +11,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	scripts/install-chromium
+	scripts/install-prometheus $(VENV)/prometheus
 	$(SPECWISE) engine install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .

@@ -24,10 +24,17 @@ STAGES: dict[str, dict[str, str]] = {
         "flags": "What do I pass to my vLLM version?",
         "lint": "What is wrong with the command I have?",
     },
-    "Measure": {"measure": "What happens, arm against arm, at my load?"},
+    "Measure": {
+        "measure": "What happens, arm against arm, at my load?",
+        "verify": "Is the output unchanged by speculation?",
+    },
     "Decide": {
         "decide": "So: on, off, or measure more?",
         "report": "Show me, and my boss.",
+    },
+    "Watch": {
+        "alerts": "Prometheus rules with this study's own thresholds.",
+        "dashboard": "A Grafana dashboard with this study's figures as lines.",
     },
     "Engine": {"engine": "The embedded vLLM: install it, find it, check it."},
 }
