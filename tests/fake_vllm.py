@@ -28,6 +28,7 @@ class FakeVllm:
     api_key: str | None = None
     per_request_metrics: bool = True
     fail_status: int | None = None
+    more_metrics: Callable[[FakeVllm], str] = lambda _server: ""
     seed: int = 1
     port: int = 0
     bodies: list[dict[str, object]] = field(default_factory=list)
@@ -118,7 +119,7 @@ class FakeVllm:
                     "vllm:spec_decode_num_accepted_tokens_per_pos_total"
                     f'{{engine="0",model_name="{self.model}",position="{position}"}} {value}'
                 )
-        return web.Response(text="\n".join(lines) + "\n")
+        return web.Response(text="\n".join(lines) + "\n" + self.more_metrics(self))
 
     def _accepted(self) -> int:
         for position, probability in enumerate(self.conditional):

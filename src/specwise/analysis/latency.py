@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from specwise.analysis.cells import (
     segments_of,
     token_arrivals,
 )
-from specwise.domain import LoadPoint, Outcome, Purpose, RequestRecord, StudyData
+from specwise.domain import GpuSeries, LoadPoint, Outcome, Purpose, RequestRecord, StudyData
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,23 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFigures:
+    """One GPU of the server's machine over a cell; a figure that no sample gives is None.
+
+    Memory is what all processes on the GPU hold, utilisation the mean share of time in which a
+    kernel ran. vLLM takes its share of the memory at the start: it tells what is left to others,
+    and KV use how much of it is needed.
+    """
+
+    index: int
+    name: str
+    memory_total_bytes: int | None
+    memory_used_max_bytes: int | None
+    utilisation_mean: float | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServingSummary:
     """One cell: an arm serving a workload (or one segment inside a mix) at one load point.
 
@@ -47,8 +65,10 @@ class ServingSummary:
     speedup. Rates are over the loaded window (see ``loaded_window``). ``slo_share`` is the share of
     all requests, failed ones included, that met every limit of the SLO.
 
-    Server-wide figures (``prefix_hit_rate`` to ``preemptions``) are None for a segment inside a
-    mix, and where the server does not export them.
+    Server-wide figures (``prefix_hit_rate`` to ``preemptions``, ``kv_use_mean`` and what follows)
+    are None or empty for a segment inside a mix, and where the server does not export them.
+    ``queue_mean_s`` is the mean time a request waited in the server before its prefill.
+    ``gpu_note`` says why there are no ``gpus``.
     """
 
     arm: str
@@ -78,6 +98,11 @@ class ServingSummary:
     waiting_max: float | None
     preemptions: float | None
     trial_ids: tuple[str, ...]
+    kv_use_mean: float | None = None
+    waiting_mean: float | None = None
+    queue_mean_s: float | None = None
+    gpus: tuple[GpuFigures, ...] = ()
+    gpu_note: str = ""
 
     @property
     def failed(self) -> int:
@@ -190,10 +215,15 @@ def _summary(key: CellKey, segment: str | None, tables: tuple[TrialTable, ...]) 
         slo_share=float(column("meets_slo").mean()),
         prefix_hit_rate=server.prefix_hit_rate(),
         kv_use_max=server.gauge("kv_use", max),
-        running_mean=server.gauge("running", lambda values: sum(values) / len(values)),
+        running_mean=server.gauge("running", fmean),
         waiting_max=server.gauge("waiting", max),
         preemptions=server.counter("preemptions"),
         trial_ids=tuple(table.trial.trial_id for table in tables),
+        kv_use_mean=server.gauge("kv_use", fmean),
+        waiting_mean=server.gauge("waiting", fmean),
+        queue_mean_s=server.queue_mean_s(),
+        gpus=server.gpus(),
+        gpu_note=server.gpu_note(),
     )
 
 
@@ -219,7 +249,36 @@ class _ServerFigures:
         queries, hits = self.counter("prefix_cache_queries"), self.counter("prefix_cache_hits")
         return hits / queries if queries and hits is not None else None
 
+    def queue_mean_s(self) -> float | None:
+        waited_s, requests = self.counter("queue_s"), self.counter("queued_requests")
+        return waited_s / requests if requests and waited_s is not None else None
+
+    def gpus(self) -> tuple[GpuFigures, ...]:
+        by_index: dict[int, list[GpuSeries]] = defaultdict(list)
+        for part in self._parts:
+            for series in part.gpus:
+                by_index[series.index].append(series)
+        return tuple(_gpu_figures(held) for _, held in sorted(by_index.items()))
+
+    def gpu_note(self) -> str:
+        if any(part.gpus for part in self._parts):
+            return ""
+        return next((part.gpu_note for part in self._parts if part.gpu_note), "")
+
     def gauge(self, name: str, combine: Callable[[list[float]], float]) -> float | None:
         samples = (getattr(s, name) for part in self._parts for s in part.gauges)
         values = [value for value in samples if value is not None]
         return combine(values) if values else None
+
+
+def _gpu_figures(held: Sequence[GpuSeries]) -> GpuFigures:
+    used = [x for series in held for x in series.memory_used_bytes if x is not None]
+    busy = [x for series in held for x in series.utilisation if x is not None]
+    return GpuFigures(
+        index=held[0].index,
+        name=held[0].name,
+        memory_total_bytes=held[0].memory_total_bytes,
+        memory_used_max_bytes=max(used, default=None),
+        utilisation_mean=fmean(busy) if busy else None,
+        samples=sum(len(series.at_s) for series in held),
+    )

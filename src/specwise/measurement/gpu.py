@@ -47,11 +47,11 @@ class GpuSampler:
     """
 
     def __init__(
-        self, arm: Arm, *, nvml: Nvml | None = None, period_s: float = SAMPLE_PERIOD_S
+        self, arm: Arm, *, nvml: Nvml | None = None, period_s: float | None = None
     ) -> None:
         self._arm = arm
         self._nvml = nvml
-        self._period_s = period_s
+        self._period_s = period_s or SAMPLE_PERIOD_S
         self._devices: list[tuple[int, Any]] = []  # index and handle
         self._identities: list[tuple[str, int | None]] = []  # name and memory
         self._samples: list[tuple[float, list[tuple[int | None, float | None]]]] = []

@@ -305,6 +305,8 @@ class _Sitting:
                 counters_reset=delta.reset if delta else False,
                 gauges=gauges.samples(),
                 number=part,
+                gpus=gpus.series(),
+                gpu_note=gpus.note,
             )
             writer.part(ended)
         return replace(

@@ -39,6 +39,8 @@ _COUNTERS = {
     "vllm:gpu_prefix_cache_hits_total": "prefix_cache_hits",
     "vllm:num_preemptions_total": "preemptions",
     "vllm:request_success_total": "request_success",
+    "vllm:request_queue_time_seconds_sum": "queue_s",
+    "vllm:request_queue_time_seconds_count": "queued_requests",
 }
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 _GAUGES = {
