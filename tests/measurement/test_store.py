@@ -13,6 +13,7 @@ from specwise.domain import (
     AcceptanceSource,
     ClientHealth,
     GaugeSample,
+    GpuSeries,
     Outcome,
     RequestRecord,
     StudyDesign,
@@ -47,6 +48,19 @@ def folder_at(path: Path) -> StudyFolder:
     return StudyFolder.create(path / "study", DESIGN, {"specwise": "test"}, "text")
 
 
+def test_parts_written_before_there_were_gpu_figures_are_read(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    part = TrialPart("2026-01-01T00:00:00Z", 1.5, ClientHealth(0.0, 0.0, 0.0, 0.1))
+    with folder.recording(TRIAL) as writer:
+        writer.request(RECORD)
+        writer.part(part)
+    path = folder.trial_folder(TRIAL) / "parts.jsonl"
+    line = json.loads(path.read_bytes())
+    del line["gpus"], line["gpu_note"]
+    path.write_text(json.dumps(line) + "\n")
+    assert folder.read_trial(TRIAL).parts == (part,)
+
+
 def test_a_skipped_trial_is_over_without_having_been_measured(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     assert not folder.is_over(TRIAL)
@@ -67,6 +81,7 @@ def test_design_and_records_come_back_as_they_were(tmp_path: Path) -> None:
         client=ClientHealth(0.0, 0.001, 0.002, 0.1),
         counters={"spec_drafts": 3.0},
         gauges=(GaugeSample(1.0, 2.0, None, 0.5),),
+        gpus=(GpuSeries(0, "H100", None, (1.0, 2.0), (7, None), (None, 0.5)),),
     )
     with folder.recording(TRIAL) as writer:
         writer.request(RECORD)

@@ -475,8 +475,8 @@ def test_what_the_server_and_its_gpu_say_beside_the_latencies(
     monkeypatch.setattr("specwise.measurement.gpu.SAMPLE_PERIOD_S", 0.05)
     load = "concurrency = [2]\nrequests = 6\nrepeats = 1\nnoise_floor = false"
     with (
-        FakeVllm(step_s=lambda _: 0.02, more_metrics=more) as baseline,
-        FakeVllm(step_s=lambda _: 0.02, conditional=(0.5, 0.5)) as draft,
+        FakeVllm(step_s=lambda _: 0.006, more_metrics=more) as baseline,
+        FakeVllm(step_s=lambda _: 0.006, conditional=(0.5, 0.5)) as draft,
     ):
         data, _ = measure(
             new_folder(write_study(tmp_path, baseline.url, draft.url, load)), tmp_path

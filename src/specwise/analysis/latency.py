@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 
@@ -18,7 +17,8 @@ from specwise.analysis.cells import (
     segments_of,
     token_arrivals,
 )
-from specwise.domain import GpuSeries, LoadPoint, Outcome, Purpose, RequestRecord, StudyData
+from specwise.analysis.server_figures import NOT_MEASURED, GpuFigures, server_figures
+from specwise.domain import LoadPoint, Outcome, Purpose, RequestRecord, StudyData
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,6 @@ class Percentiles:
     p50: float
     p95: float
     p99: float
-
-
-@dataclass(frozen=True, slots=True)
-class GpuFigures:
-    """One GPU of the server's machine over a cell; a figure that no sample gives is None.
-
-    Memory is what all processes on the GPU hold, utilisation the mean share of time in which a
-    kernel ran. vLLM takes its share of the memory at the start: it tells what is left to others,
-    and KV use how much of it is needed.
-    """
-
-    index: int
-    name: str
-    memory_total_bytes: int | None
-    memory_used_max_bytes: int | None
-    utilisation_mean: float | None
-    samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +171,7 @@ def _summary(key: CellKey, segment: str | None, tables: tuple[TrialTable, ...]) 
     tokens = column("output_tokens")
     has_tokens = ~np.isnan(tokens)
     in_window = rates(tables, segment)
-    server = _ServerFigures(tables if segment is None else ())
+    server = server_figures(p for t in tables for p in t.parts) if segment is None else NOT_MEASURED
     return ServingSummary(
         arm=arm,
         workload=workload,
@@ -213,17 +196,17 @@ def _summary(key: CellKey, segment: str | None, tables: tuple[TrialTable, ...]) 
         requests_per_s=in_window[1] if in_window else None,
         goodput_per_s=in_window[2] if in_window else None,
         slo_share=float(column("meets_slo").mean()),
-        prefix_hit_rate=server.prefix_hit_rate(),
-        kv_use_max=server.gauge("kv_use", max),
-        running_mean=server.gauge("running", fmean),
-        waiting_max=server.gauge("waiting", max),
-        preemptions=server.counter("preemptions"),
+        prefix_hit_rate=server.prefix_hit_rate,
+        kv_use_max=server.kv_use_max,
+        running_mean=server.running_mean,
+        waiting_max=server.waiting_max,
+        preemptions=server.preemptions,
         trial_ids=tuple(table.trial.trial_id for table in tables),
-        kv_use_mean=server.gauge("kv_use", fmean),
-        waiting_mean=server.gauge("waiting", fmean),
-        queue_mean_s=server.queue_mean_s(),
-        gpus=server.gpus(),
-        gpu_note=server.gpu_note(),
+        kv_use_mean=server.kv_use_mean,
+        waiting_mean=server.waiting_mean,
+        queue_mean_s=server.queue_mean_s,
+        gpus=server.gpus,
+        gpu_note=server.gpu_note,
     )
 
 
@@ -231,54 +214,3 @@ def _gaps(records: Sequence[RequestRecord]) -> Floats:
     """Gaps between chunks that carried output, over all OK requests."""
     gaps = [np.diff(token_arrivals(r)[0]) for r in records if r.outcome is Outcome.OK]
     return np.concatenate(gaps) if gaps else np.array([])
-
-
-class _ServerFigures:
-    """Counters and gauges over the parts of some trials; what is not exported stays None."""
-
-    def __init__(self, tables: Sequence[TrialTable]) -> None:
-        self._parts = [part for table in tables for part in table.parts]
-
-    def counter(self, name: str) -> float | None:
-        values = [
-            p.counters[name] for p in self._parts if not p.counters_reset and name in p.counters
-        ]
-        return sum(values) if values else None
-
-    def prefix_hit_rate(self) -> float | None:
-        queries, hits = self.counter("prefix_cache_queries"), self.counter("prefix_cache_hits")
-        return hits / queries if queries and hits is not None else None
-
-    def queue_mean_s(self) -> float | None:
-        waited_s, requests = self.counter("queue_s"), self.counter("queued_requests")
-        return waited_s / requests if requests and waited_s is not None else None
-
-    def gpus(self) -> tuple[GpuFigures, ...]:
-        by_index: dict[int, list[GpuSeries]] = defaultdict(list)
-        for part in self._parts:
-            for series in part.gpus:
-                by_index[series.index].append(series)
-        return tuple(_gpu_figures(held) for _, held in sorted(by_index.items()))
-
-    def gpu_note(self) -> str:
-        if any(part.gpus for part in self._parts):
-            return ""
-        return next((part.gpu_note for part in self._parts if part.gpu_note), "")
-
-    def gauge(self, name: str, combine: Callable[[list[float]], float]) -> float | None:
-        samples = (getattr(s, name) for part in self._parts for s in part.gauges)
-        values = [value for value in samples if value is not None]
-        return combine(values) if values else None
-
-
-def _gpu_figures(held: Sequence[GpuSeries]) -> GpuFigures:
-    used = [x for series in held for x in series.memory_used_bytes if x is not None]
-    busy = [x for series in held for x in series.utilisation if x is not None]
-    return GpuFigures(
-        index=held[0].index,
-        name=held[0].name,
-        memory_total_bytes=held[0].memory_total_bytes,
-        memory_used_max_bytes=max(used, default=None),
-        utilisation_mean=fmean(busy) if busy else None,
-        samples=sum(len(series.at_s) for series in held),
-    )

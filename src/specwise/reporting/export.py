@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import orjson
 
 from specwise.analysis.cells import tpot_s
-from specwise.domain import MeasuredTrial, RequestRecord, StudyData
+from specwise.analysis.server_figures import server_figures
+from specwise.domain import MeasuredTrial, RequestRecord, StudyData, TrialPart
 from specwise.errors import InputError, StoreError
 
 _ROWS_AT_ONCE = 5000  # bounds the memory that a Parquet export of a large study takes
@@ -51,6 +53,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("purpose", "string", "measure or noise_floor (A/A)"),
     Column("part", "int64", "uninterrupted stretch of the trial; times count from its start"),
     Column("part_started_at", "string", "wall clock at the start of the part, ISO 8601"),
+    Column("part_prefix_hit_rate", "float64", "prompt tokens found in the prefix cache, share"),
+    Column("part_preemptions", "int64", "preemptions during the part"),
+    Column("part_queue_mean_s", "float64", "mean wait in the server before prefill"),
+    Column("part_kv_use_max", "float64", "fullest KV cache seen, share"),
+    Column("part_waiting_max", "float64", "most requests seen waiting in the server"),
+    Column("part_gpu_memory_max_bytes", "int64", "most memory seen in use on one GPU"),
+    Column("part_gpu_utilisation", "float64", "share of time a kernel ran, mean over GPUs"),
     Column("index", "int64", "place of the request in the trial"),
     Column("prompt_id", "string", "which prompt"),
     Column("segment", "string", "which segment"),
@@ -84,10 +93,31 @@ COLUMNS: tuple[Column, ...] = (
 _TEXT = Column("output_text", "string", "the output, in a study that was asked to keep it")
 
 
-def _row(study: StudyData, measured: MeasuredTrial, record: RequestRecord) -> dict[str, Any]:
-    """The values of `COLUMNS` and `_TEXT` for one request."""
+def _part_columns(part: TrialPart) -> dict[str, Any]:
+    """The columns that all requests of a part share."""
+    figures = server_figures((part,))
+    used = [m for gpu in figures.gpus if (m := gpu.memory_used_max_bytes) is not None]
+    busy = [u for gpu in figures.gpus if (u := gpu.utilisation_mean) is not None]
+    return {
+        "part_started_at": part.started_at,
+        "part_prefix_hit_rate": figures.prefix_hit_rate,
+        "part_preemptions": None if figures.preemptions is None else round(figures.preemptions),
+        "part_queue_mean_s": figures.queue_mean_s,
+        "part_kv_use_max": figures.kv_use_max,
+        "part_waiting_max": figures.waiting_max,
+        "part_gpu_memory_max_bytes": max(used, default=None),
+        "part_gpu_utilisation": fmean(busy) if busy else None,
+    }
+
+
+_PART_COLUMNS = [column.name for column in COLUMNS if column.name.startswith("part_")]
+
+
+def _row(
+    study: StudyData, measured: MeasuredTrial, record: RequestRecord, part: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of `COLUMNS` and `_TEXT` for one request; ``part`` are those of its part."""
     trial, accepted = measured.trial, record.acceptance
-    part = next((part for part in measured.parts if part.number == record.part), None)
     first_s = record.first_token_s
     return {
         "study": study.design.name,
@@ -101,7 +131,7 @@ def _row(study: StudyData, measured: MeasuredTrial, record: RequestRecord) -> di
         "repeat": trial.repeat,
         "purpose": trial.purpose.value,
         "part": record.part,
-        "part_started_at": part.started_at if part else None,
+        **part,
         "index": record.index,
         "prompt_id": record.prompt_id,
         "segment": record.segment,
@@ -182,9 +212,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _rows(study: StudyData, columns: Sequence[Column]) -> Iterator[dict[str, Any]]:
+    unknown = dict.fromkeys(_PART_COLUMNS)
     for measured in study.trials:
+        parts = {part.number: _part_columns(part) for part in measured.parts}
         for record in measured.records:
-            row = _row(study, measured, record)
+            row = _row(study, measured, record, parts.get(record.part, unknown))
             yield {column.name: row[column.name] for column in columns}
 
 
