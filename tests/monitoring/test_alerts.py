@@ -33,10 +33,10 @@ EXPECTED = Expectations(
     production_load=LoadPoint(Loop.CLOSED, 16),
     rate=0.76,
     length=4.04,
-    spread=Spread(200, 0.76, 0.1, 0.62),
+    spread=Spread(200, 0.1, 0.62, 300.0),
     segments=(
-        SegmentExpectation("json", 0.0, 0.9, Spread(100, 0.9, 0.05, 0.8)),
-        SegmentExpectation("prose", 0.8, 0.6, Spread(100, 0.6, 0.1, 0.45)),
+        SegmentExpectation("json", 0.0, 0.9, Spread(100, 0.05, 0.8, 300.0)),
+        SegmentExpectation("prose", 0.8, 0.6, Spread(100, 0.1, 0.45, 300.0)),
     ),
     break_even=0.5,
     ttft_s=latency(0.2),

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pytest
 from tests.analysis.synthetic import C16, demo_study
 
-from specwise.decision.assessment import assess
+from specwise.decision.assessment import Assessment, assess
 from specwise.domain import LoadPoint, Loop, Outcome
 from specwise.errors import InputError
 from specwise.monitoring.expectations import expectations
 
 
+@cache
+def demo() -> Assessment:
+    return assess(demo_study())
+
+
 def test_they_are_the_arms_own_figures_at_the_production_load() -> None:
-    study = demo_study()
-    assessment = assess(study)
+    assessment = demo()
+    study = assessment.study
     expected = expectations(assessment, arm="draft_model")
     records = [
         record
@@ -27,10 +33,10 @@ def test_they_are_the_arms_own_figures_at_the_production_load() -> None:
     counts = [r.acceptance for r in records if r.acceptance is not None]
     drafted = sum(c.drafted_tokens or 0 for c in counts)
     assert expected.rate == pytest.approx(sum(c.accepted_tokens for c in counts) / drafted)
-    single = [c.accepted_tokens / c.drafted_tokens for c in counts if c.drafted_tokens]
     assert expected.spread is not None
-    assert expected.spread.deviation == pytest.approx(np.std(single, ddof=1))
-    assert expected.spread.requests == len(single)
+    assert expected.spread.requests == len(counts)
+    single = [c.accepted_tokens / c.drafted_tokens for c in counts if c.drafted_tokens]
+    assert expected.spread.p10 == pytest.approx(np.quantile(single, 0.1))
     assert [s.segment for s in expected.segments] == ["json", "prose", "copy"]
     assert expected.segments[0].rate > expected.rate > expected.segments[1].rate
     assert expected.production_load == C16
@@ -38,9 +44,31 @@ def test_they_are_the_arms_own_figures_at_the_production_load() -> None:
     assert expected.drifted_rate == pytest.approx(expected.rate - 0.05)
 
 
+def test_the_deviation_predicts_how_a_rate_over_many_requests_varies() -> None:
+    """Against the spread of the rate over resampled requests: what the deviation stands for."""
+    study = demo().study
+    expected = expectations(demo(), arm="draft_model")
+    held = np.array(
+        [
+            (record.acceptance.accepted_tokens, record.acceptance.drafted_tokens)
+            for measured in study.trials
+            if (measured.trial.arm, measured.trial.workload) == ("draft_model", "mix")
+            and measured.trial.load == C16
+            for record in measured.records
+            if record.acceptance is not None
+        ]
+    )
+    rng = np.random.default_rng(1)
+    drawn = held[rng.integers(len(held), size=(4000, len(held)))]
+    rates = drawn[..., 0].sum(axis=1) / drawn[..., 1].sum(axis=1)
+    assert expected.spread is not None
+    stated = expected.spread.deviation / np.sqrt(len(held))
+    assert stated == pytest.approx(rates.std(), rel=0.05)
+
+
 def test_break_even_is_where_tpot_would_equal_the_baselines() -> None:
     """By definition: at that rate a step's tokens pay exactly for its cost."""
-    expected = expectations(assess(demo_study()), arm="draft_model")
+    expected = expectations(demo(), arm="draft_model")
     assert expected.break_even is not None
     cost = expected.length * expected.tpot_s.mean / expected.baseline_tpot_s.mean
     tokens_at_break_even = 1 + (expected.length - 1) * expected.break_even / expected.rate
@@ -49,9 +77,8 @@ def test_break_even_is_where_tpot_would_equal_the_baselines() -> None:
 
 
 def test_the_crossover_is_given_in_running_requests() -> None:
-    study = demo_study()
-    closed = expectations(assess(study), arm="ngram")
-    found = {(c.arm, c.workload): c for c in assess(study).crossovers if c.segment is None}
+    closed = expectations(demo(), arm="ngram")
+    found = {(c.arm, c.workload): c for c in demo().crossovers if c.segment is None}
     assert closed.crossover_running == found["ngram", "mix"].load_value
 
 
@@ -82,7 +109,7 @@ def test_in_an_open_loop_the_crossover_is_read_off_the_running_requests() -> Non
 
 def test_an_arm_that_is_none_is_named() -> None:
     with pytest.raises(InputError, match=r"no speculating arm 'baseline'.*\n.*draft_model, ngram"):
-        expectations(assess(demo_study()), arm="baseline")
+        expectations(demo(), arm="baseline")
 
 
 def test_what_was_not_measured_cannot_be_expected() -> None:

@@ -29,12 +29,22 @@ HEALTHY_RATE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Acceptance rate per request: its mean, standard deviation and P10 over ``requests``."""
+    """How acceptance differs from request to request, over ``requests``.
+
+    ``p10`` is of the requests' own rates, ``drafted_tokens`` the mean number of drafts of one.
+    ``deviation`` is what one request adds to the noise of a rate over many: the rate over n
+    requests, sum(accepted) / sum(drafted), has the standard error deviation / sqrt(n), where
+
+        deviation^2 = mean((accepted_i - rate drafted_i)^2) / mean(drafted_i)^2
+
+    (ratio estimator; Cochran, Sampling Techniques, 1977, eq. 6.4), so that requests of uneven
+    length count for what they weigh.
+    """
 
     requests: int
-    mean: float
     deviation: float
     p10: float
+    drafted_tokens: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +189,21 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
 
 
 def _spread(records: Iterable[RequestRecord]) -> Spread | None:
-    """The distribution of the per-request rate; None with fewer than two requests."""
+    """Noise and spread of the requests' rates; None with fewer than two requests."""
     counts = [r.acceptance for r in records]
-    rates = np.array(
-        [c.accepted_tokens / c.drafted_tokens for c in counts if c and c.drafted_tokens]
+    held = np.array(
+        [(c.accepted_tokens, c.drafted_tokens) for c in counts if c and c.drafted_tokens], float
     )
-    if len(rates) < 2:
+    if len(held) < 2:
         return None
+    accepted, drafted = held.T
+    residual = accepted - accepted.sum() / drafted.sum() * drafted
+    variance = (residual**2).sum() / (len(held) - 1) / drafted.mean() ** 2
     return Spread(
-        requests=len(rates),
-        mean=float(rates.mean()),
-        deviation=float(rates.std(ddof=1)),
-        p10=float(np.quantile(rates, 0.1)),
+        requests=len(held),
+        deviation=math.sqrt(variance),
+        p10=float(np.quantile(accepted / drafted, 0.1)),
+        drafted_tokens=float(drafted.mean()),
     )
 
 
