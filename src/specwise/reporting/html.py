@@ -37,6 +37,7 @@ from specwise.reporting.figures import (
     speedup_chart,
 )
 from specwise.reporting.json_export import assessment_to_dict
+from specwise.reporting.server_section import server_section
 from specwise.reporting.svg import Chart
 from specwise.reporting.wording import cell_name, milliseconds, number, percent
 
@@ -129,6 +130,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
         planned=len(design.trials),
         provenance=_flat(assessment_to_dict(assessment)["provenance"]),
         setup=_setup_rows(assessment),
+        server=server_section(assessment),
     )
 
 
