@@ -79,6 +79,15 @@ class _Cells:
         return (slice(a, b) for a, b in pairwise(self.first))
 
 
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """The tests of one comparison, and the null distribution of the ``tokens`` statistic."""
+
+    tests: tuple[PermutationTest, ...]
+    positions: tuple[PositionDistance, ...]
+    null_tokens: Floats
+
+
 def compare_samples(
     samples: Sequence[PromptSamples],
     *,
@@ -87,53 +96,19 @@ def compare_samples(
     temperature: float,
     top_p: float = 1.0,
     rng: np.random.Generator,
-    deals: int | None = None,
 ) -> SamplingComparison:
     """The four tests, the distance at each position, and what the samples could have shown.
 
     ``samples`` holds one entry a prompt, all of one shape with at least two positions. ``effect``
-    is the total variation at every speculated token that must not go unseen. ``deals`` None takes
-    enough for p-values well below the false-alarm rate.
+    is the total variation at every speculated token that must not go unseen.
     """
-    deals = deals or max(DEALS, math.ceil(5 * len(TESTS) / false_alarm_rate) - 1)
     sequences, positions = samples[0].baseline.shape
-    pooled = [np.concatenate([s.baseline, s.candidate]) for s in samples]
-    tokens = [_cells([p[:, j] for j in range(positions)]) for p in pooled]
-    pairs = [_cells([_paired(p[:, j], p[:, j + 1]) for j in range(positions - 1)]) for p in pooled]
-    scores = [_typicality(cells) for cells in tokens]
-
-    observed = np.zeros((len(TESTS), 1))
-    null = np.zeros((len(TESTS), deals))
-    distance, null_distance = np.zeros((positions, 1)), np.zeros((positions, deals))
-    for number, sample in enumerate(samples):
-        first = len(sample.baseline)
-        total = len(pooled[number])
-        given = (np.arange(total) < first)[None, :].astype(float)
-        dealt = _deal(total, first, deals, rng)
-        for labels, statistics in ((given, observed), (dealt, null)):
-            by_position = _chi_square(labels, tokens[number])
-            statistics[0] += by_position[0]
-            statistics[1] += by_position[1:].sum(axis=0)
-            statistics[2] += _chi_square(labels, pairs[number]).sum(axis=0)
-            statistics[3] += _mean_difference(labels, scores[number])
-        distance += _distance(given, tokens[number]) / len(samples)
-        null_distance += _distance(dealt, tokens[number]) / len(samples)
-    observed[3], null[3] = np.abs(observed[3]), np.abs(null[3])
-
-    tests = _holm(
-        [
-            PermutationTest(
-                name=name,
-                statistic=float(observed[i, 0]),
-                null_mean=float(null[i].mean()),
-                p_value=p_value(float(observed[i, 0]), null[i]),
-                p_adjusted=1.0,
-            )
-            for i, name in enumerate(TESTS)
-        ]
-    )
-    critical = critical_value(null[1], false_alarm_rate / len(TESTS))
-    shifts = [_Shifts.of(cells) for cells in tokens]
+    # Enough deals for p-values well below the false-alarm rate.
+    deals = max(DEALS, math.ceil(5 * len(TESTS) / false_alarm_rate) - 1)
+    tested = permutation_tests(samples, rng=rng, deals=deals)
+    shifts = [_Shifts.of(_token_cells(sample)) for sample in samples]
+    # Each test's least share of the false-alarm rate: Holm's method only ever grants more.
+    critical = critical_value(tested.null_tokens, false_alarm_rate / len(TESTS))
     power = _Power(shifts, critical, rng)
     draws = power.draw(sequences)
     return SamplingComparison(
@@ -143,19 +118,59 @@ def compare_samples(
         temperature=temperature,
         top_p=top_p,
         false_alarm_rate=false_alarm_rate,
-        tests=tests,
-        positions=tuple(
-            PositionDistance(
-                j, float(distance[j, 0]), *map(float, np.quantile(row, (0.025, 0.975)))
-            )
-            for j, row in enumerate(null_distance)
-        ),
+        tests=tested.tests,
+        positions=tested.positions,
         effect=effect,
         power=power.of(effect, draws),
         power_wanted=POWER_WANTED,
         detectable=power.detectable(draws),
         samples_needed=power.samples_needed(effect, draws),
         room=float(np.mean([1 - p.max() for shift in shifts for p in shift.probabilities])),
+    )
+
+
+def permutation_tests(
+    samples: Sequence[PromptSamples], *, rng: np.random.Generator, deals: int = DEALS
+) -> Tested:
+    """The four tests with ``deals`` random deals of the labels within each prompt."""
+    positions = samples[0].baseline.shape[1]
+    observed = np.zeros((len(TESTS), 1))
+    null = np.zeros((len(TESTS), deals))
+    distance, null_distance = np.zeros((positions, 1)), np.zeros((positions, deals))
+    for sample in samples:
+        tokens, pairs = _token_cells(sample), _pair_cells(sample)
+        scores = _typicality(tokens)
+        first, total = len(sample.baseline), len(tokens.indicators)
+        given = (np.arange(total) < first)[None, :].astype(float)
+        dealt = _deal(total, first, deals, rng)
+        for labels, statistics in ((given, observed), (dealt, null)):
+            by_position = _chi_square(labels, tokens)
+            statistics[0] += by_position[0]
+            statistics[1] += by_position[1:].sum(axis=0)
+            statistics[2] += _chi_square(labels, pairs).sum(axis=0)
+            statistics[3] += _mean_difference(labels, scores)
+        distance += _distance(given, tokens) / len(samples)
+        null_distance += _distance(dealt, tokens) / len(samples)
+    observed[3], null[3] = np.abs(observed[3]), np.abs(null[3])
+    tests = [
+        PermutationTest(
+            name=name,
+            statistic=float(observed[i, 0]),
+            null_mean=float(null[i].mean()),
+            p_value=p_value(float(observed[i, 0]), null[i]),
+            p_adjusted=1.0,
+        )
+        for i, name in enumerate(TESTS)
+    ]
+    return Tested(
+        tests=_holm(tests),
+        positions=tuple(
+            PositionDistance(
+                j, float(distance[j, 0]), *map(float, np.quantile(row, (0.025, 0.975)))
+            )
+            for j, row in enumerate(null_distance)
+        ),
+        null_tokens=null[1],
     )
 
 
@@ -193,19 +208,30 @@ def _deal(total: int, first: int, deals: int, rng: np.random.Generator) -> Float
     return (order < first).astype(float)
 
 
+def _token_cells(sample: PromptSamples) -> _Cells:
+    """One cell for each position."""
+    pooled = np.concatenate([sample.baseline, sample.candidate])
+    return _cells([pooled[:, j] for j in range(pooled.shape[1])])
+
+
+def _pair_cells(sample: PromptSamples) -> _Cells:
+    """One cell for each pair of neighbouring positions."""
+    pooled = np.concatenate([sample.baseline, sample.candidate])
+    return _cells([_paired(pooled[:, j], pooled[:, j + 1]) for j in range(pooled.shape[1] - 1)])
+
+
 def _cells(columns: Sequence[Codes]) -> _Cells:
     """Indicator columns of each column's categories; the last of each cell is all rare codes."""
     blocks: list[Floats] = []
     first = [0]
     for codes in columns:
-        values, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+        _, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
         frequent = counts >= RARE
         place = np.where(frequent, np.cumsum(frequent) - 1, frequent.sum())
         block = np.zeros((len(codes), int(frequent.sum()) + 1))
         block[np.arange(len(codes)), place[inverse.reshape(-1)]] = 1
         blocks.append(block)
         first.append(first[-1] + block.shape[1])
-        del values
     return _Cells(np.concatenate(blocks, axis=1), tuple(first))
 
 
