@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
 
-from specwise.analysis.cells import Cells, cells, segments_of
+from specwise.analysis.cells import Cells, Floats, cells, segments_of
 from specwise.analysis.latency import rates
 from specwise.analysis.pairs import (
+    FEWEST_PAIRS,
+    RATE_METRICS,
     REQUEST_METRICS,
     SPEEDUP,
+    UNKNOWN_NOISE,
+    Block,
     Metric,
     PairKey,
     Pairs,
@@ -22,9 +26,11 @@ from specwise.analysis.pairs import (
     bootstrap_variances,
     log_ratio,
     match_pairs,
+    noise_blocks,
     pair_trials,
     statistic,
     trial_noise,
+    trial_variances,
 )
 from specwise.domain import LoadPoint, Purpose, StudyData
 
@@ -43,6 +49,10 @@ class Effect:
     and ``dof`` the degrees of freedom of its t quantile. ``pairs`` are requests that ended OK in
     both arms. ``trial_noise_known`` is False where no repeat and no A/A trial could tell how much
     trials differ: the interval is then a lower bound on the uncertainty.
+
+    What ``se_log`` is made of: ``request_variance`` of log(ratio) over resampled requests, plus
+    ``machine_variance`` of one pair of trials / ``repeats``, known with ``noise_dof`` degrees of
+    freedom.
     """
 
     metric: str
@@ -64,6 +74,9 @@ class Effect:
     trial_noise_known: bool
     note: str
     trial_ids: tuple[str, ...]
+    request_variance: float = math.nan
+    machine_variance: float = math.nan
+    noise_dof: float = 0.0
 
     @property
     def direction(self) -> Direction:
@@ -126,6 +139,7 @@ class Comparison:
 
 
 CONFIDENCE = 0.95
+METRICS = (*REQUEST_METRICS, *RATE_METRICS)
 NOISE_FLOOR_METRICS = ("speedup", "ttft_p50", "tpot_p50", "tpot_p99")
 
 
@@ -140,27 +154,10 @@ def compare(study: StudyData, measured: Cells | None = None, *, seed: int = 0) -
     baseline = study.design.arms[0].name
     views = {w.name: segments_of(study, w.name) for w in study.design.workloads}
     matched = match_pairs(measured, baseline, views)
-    resampled = {
-        key: bootstrap_variances(pairs, REQUEST_METRICS, seed=seed)
-        for key, pairs in matched.items()
-    }
-    noise = {
-        metric.name: trial_noise(measured, baseline, metric, matched, resampled)
-        for metric in REQUEST_METRICS
-    }
-    effects: list[Effect] = []
-    for key in sorted(matched, key=lambda key: _order(study, key)):
-        pairs = matched[key]
-        effects += [
-            _effect(pairs, metric, resampled[key][metric.name], noise[metric.name][pairs.load])
-            for metric in REQUEST_METRICS
-        ]
-        if pairs.segment is None:
-            effects += _rate_effects(
-                pairs, resampled[key]["speedup"], noise["speedup"][pairs.load], seed=seed
-            )
+    ordered = {key: matched[key] for key in sorted(matched, key=lambda key: _order(study, key))}
+    effects = effects_of(ordered, noise_blocks(measured, baseline), seed=seed)
     return Comparison(
-        effects=tuple(effects),
+        effects=effects,
         noise_floors=_noise_floors(measured, baseline, seed=seed),
         signatures=find_signatures(effects),
     )
@@ -169,14 +166,47 @@ def compare(study: StudyData, measured: Cells | None = None, *, seed: int = 0) -
 def speedup_effects(measured: Cells, baseline: str, *, seed: int = 0) -> tuple[Effect, ...]:
     """The speedup of every candidate in every whole workload: `compare` for that one metric."""
     matched = match_pairs(measured, baseline, {})
-    resampled = {
-        key: bootstrap_variances(pairs, (SPEEDUP,), seed=seed) for key, pairs in matched.items()
-    }
-    noise = trial_noise(measured, baseline, SPEEDUP, matched, resampled)
+    request, noise = _variances(matched, noise_blocks(measured, baseline), (SPEEDUP,), seed=seed)
     return tuple(
-        _effect(pairs, SPEEDUP, resampled[key]["speedup"], noise[pairs.load])
+        _effect(pairs, SPEEDUP, request[key]["speedup"], noise["speedup"][pairs.load])
         for key, pairs in matched.items()
     )
+
+
+def effects_of(
+    matched: Mapping[PairKey, Pairs], blocks: Sequence[Block], *, seed: int = 0
+) -> tuple[Effect, ...]:
+    """Every effect of pairs that are matched already, in their order, first side as the baseline.
+
+    ``blocks`` are what trial-to-trial noise is read from. Rates of the server are for whole
+    workloads only.
+    """
+    request, noise = _variances(matched, blocks, METRICS, seed=seed)
+    return tuple(
+        _effect(pairs, metric, request[key][metric.name], noise[metric.name][key[3]])
+        for key, pairs in matched.items()
+        for metric in (METRICS if key[2] is None else REQUEST_METRICS)
+    )
+
+
+def _variances(
+    matched: Mapping[PairKey, Pairs],
+    blocks: Sequence[Block],
+    metrics: Sequence[Metric],
+    *,
+    seed: int,
+) -> tuple[dict[PairKey, dict[str, float]], dict[str, dict[LoadPoint, TrialNoise]]]:
+    """Request variance by cell and metric, and trial noise by metric and load."""
+    request = {
+        key: bootstrap_variances(pairs, metrics, seed=seed) for key, pairs in matched.items()
+    }
+    of_trials = {
+        key: trial_variances(pairs, metrics, seed=seed)
+        for key, pairs in matched.items()
+        if pairs.segment is None
+    }
+    noise = {metric.name: trial_noise(blocks, metric, of_trials) for metric in metrics}
+    return request, noise
 
 
 def t_quantile(dof: float, confidence: float) -> float:
@@ -209,15 +239,13 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
     """Standard error of a log ratio over all its pairs, and its degrees of freedom.
 
     With R repeats, s2 the pooled variance of one trial pair, b2 the bootstrap variance over
-    requests and m2 what is left of s2 when the requests' own noise is taken off, there are two
-    honest answers, and the one with the wider interval is given:
+    requests and m2 what is left of s2 when the requests' own noise is taken off, it is
+    sqrt(b2 + m2 / R). Where repeats share prompts it is sqrt(b2 + s2 / R), because repeats cannot
+    average away what the choice of prompts leaves uncertain. Degrees of freedom: Satterthwaite
+    (Biometrics Bulletin 2, 1946), no fewer than the pool's. A pool of a single degree of freedom
+    is too often small by chance for that: the wider of it and sqrt(s2 / R) is given.
 
-    - s2 / R, with the pool's degrees of freedom. It holds the request noise of an average cell.
-    - b2 + m2 / R, which counts for a cell whose requests vary more than the pool's. Where repeats
-      share prompts it is b2 + s2 / R, because repeats cannot average away what the choice of
-      prompts leaves uncertain. Degrees of freedom: Satterthwaite (Biometrics Bulletin 2, 1946).
-
-    Where nothing is known about trials it is b2, a lower bound. NaN where b2 is.
+    Where nothing is known about trials it is sqrt(b2), a lower bound. NaN where b2 is.
     """
     clusters = int(pairs.cluster.max()) + 1
     if not math.isfinite(request_variance):
@@ -225,116 +253,41 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
     if not noise.dof:
         return math.sqrt(request_variance), max(clusters - 1, 1)
     of_trials = noise.pair_variance / pairs.repeats
-    machine = noise.pair_variance if pairs.shares_prompts else noise.machine_variance
-    total = request_variance + machine / pairs.repeats
+    total = request_variance + _machine_variance(pairs, noise) / pairs.repeats
     uncertain = of_trials**2 / noise.dof + request_variance**2 / max(clusters - 1, 1)
     dof = max(total**2 / uncertain, noise.dof) if uncertain else float(clusters)
+    if noise.dof >= 2:
+        return math.sqrt(total), dof
     answers = ((math.sqrt(of_trials), noise.dof), (math.sqrt(total), dof))
     return max(answers, key=lambda answer: t_quantile(answer[1], CONFIDENCE) * answer[0])
 
 
+def _machine_variance(pairs: Pairs, noise: TrialNoise) -> float:
+    return noise.pair_variance if pairs.shares_prompts else noise.machine_variance
+
+
 def _effect(pairs: Pairs, metric: Metric, request_variance: float, noise: TrialNoise) -> Effect:
-    values = statistic(pairs.columns[metric.column], pairs.columns["output_tokens"], metric.kind)
+    values = _values(pairs, metric)
     log = float(log_ratio(metric, values[0], values[1]))
     se_log, dof = standard_error(pairs, request_variance, noise)
     notes = _notes(pairs, noise)
     known = int((~np.isnan(pairs.columns[metric.column])).all(0).sum())
-    if metric.kind == "p99" and known < 100:
-        notes.append(f"P99 of {known} requests is little more than their maximum")
-    if metric.column == "e2e_s" and metric.kind != "per_token":
-        notes += _length_note(pairs)
-    return _build(
-        pairs,
-        metric.name,
-        metric.better,
-        log=log,
-        se_log=se_log,
-        dof=dof,
-        values=(float(values[0]), float(values[1])),
-        noise=noise,
-        notes=notes,
-        count=known,
-    )
-
-
-def _rate_effects(
-    pairs: Pairs, speedup_variance: float, noise: TrialNoise, *, seed: int
-) -> list[Effect]:
-    """Throughput and goodput: one value a trial, so requests cannot be resampled into them.
-
-    Their noise is taken from the speedup's, whose tokens and times they share; goodput adds the
-    sampling noise of the share of requests that meet the SLO.
-    """
-    sides = [rates(pairs.base_tables, None), rates(pairs.arm_tables, None)]
-    if sides[0] is None or sides[1] is None:
-        return []
-    found = []
-    share_variance, share_note = _slo_variance(pairs, seed=seed)
-    for name, place, extra in (
-        ("output_tokens_per_s", 0, 0.0),
-        ("goodput_per_s", 2, share_variance),
-    ):
-        values = (sides[0][place], sides[1][place])
-        log = math.log(values[1] / values[0]) if min(values) > 0 else math.nan
-        se_log, dof = standard_error(pairs, speedup_variance + extra, noise)
-        notes = _notes(pairs, noise)
-        if place == 2 and share_note:
-            notes.append(share_note)
-        found.append(
-            _build(
-                pairs,
-                name,
-                "higher",
-                log=log,
-                se_log=se_log,
-                dof=dof,
-                values=values,
-                noise=noise,
-                notes=notes,
-                count=pairs.count,
-            )
+    fewest = FEWEST_PAIRS.get(metric.kind, 0)
+    if known < fewest:
+        se_log = math.nan
+        notes.append(
+            f"no interval: {metric.kind.upper()} needs {fewest} requests in both arms, there are "
+            f"{known}"
         )
-    return found
-
-
-def _slo_variance(pairs: Pairs, *, seed: int) -> tuple[float, str]:
-    """Variance of log(candidate's / baseline's share of requests that meet the SLO).
-
-    Binomial draws, as if the arms were independent: pairs make the truth smaller, never larger.
-    """
-    rows = [
-        np.concatenate([t.meets_slo for t in tables]).astype(np.float64)
-        for tables in (pairs.base_tables, pairs.arm_tables)
-    ]
-    if min(r.sum() for r in rows) == 0:
-        return 0.0, "no request met the SLO in one of the arms"
-    rng = np.random.default_rng([seed, 1, *pairs.seed_words])
-    draws = 200
-    logs = [
-        np.log(np.maximum(rng.binomial(len(r), r.mean(), size=draws) / len(r), 0.5 / len(r)))
-        for r in rows
-    ]
-    return float((logs[1] - logs[0]).var(ddof=1)), ""
-
-
-def _build(
-    pairs: Pairs,
-    metric: str,
-    better: Literal["higher", "lower"],
-    *,
-    log: float,
-    se_log: float,
-    dof: float,
-    values: tuple[float, float],
-    noise: TrialNoise,
-    notes: Sequence[str],
-    count: int,
-) -> Effect:
+    if metric.name == "goodput_per_s" and math.isnan(log):
+        notes.append("no request met the SLO in one of the arms")
+    if metric.column == "e2e_s" and metric.kind != "ratio":
+        notes += _length_note(pairs)
     half = t_quantile(dof, CONFIDENCE) * se_log
     tables = (*pairs.base_tables, *pairs.arm_tables)
     return Effect(
-        metric=metric,
-        better=better,
+        metric=metric.name,
+        better=metric.better,
         arm=pairs.arm,
         workload=pairs.workload,
         segment=pairs.segment,
@@ -343,16 +296,32 @@ def _build(
         low=math.exp(log - half),
         high=math.exp(log + half),
         confidence=CONFIDENCE,
-        pairs=count,
+        pairs=known,
         repeats=pairs.repeats,
-        baseline_value=values[0],
-        candidate_value=values[1],
+        baseline_value=float(values[0]),
+        candidate_value=float(values[1]),
         se_log=se_log,
         dof=dof,
         trial_noise_known=noise.dof > 0,
         note="; ".join(notes),
         trial_ids=tuple(table.trial.trial_id for table in tables),
+        request_variance=request_variance,
+        machine_variance=_machine_variance(pairs, noise),
+        noise_dof=noise.dof,
     )
+
+
+def _values(pairs: Pairs, metric: Metric) -> Floats:
+    """The metric itself, baseline first: over the loaded windows for a rate, else over the pairs.
+
+    NaN for a rate where no window holds a request that counts.
+    """
+    if metric.rate is None:
+        per = pairs.columns[metric.per] if metric.per else None
+        return statistic(pairs.columns[metric.column], per, metric.kind)
+    sides = [rates(tables, None) for tables in (pairs.base_tables, pairs.arm_tables)]
+    values = np.array([math.nan if side is None else side[metric.rate] for side in sides])
+    return np.where(values > 0, values, math.nan)
 
 
 def _notes(pairs: Pairs, noise: TrialNoise) -> list[str]:
@@ -398,8 +367,7 @@ def _noise_floors(measured: Cells, baseline: str, *, seed: int) -> tuple[NoiseFl
             continue
         variances = bootstrap_variances(pairs, metrics, seed=seed)
         for metric in metrics:
-            unknown = TrialNoise(0.0, 0.0, 0.0)
-            effect = _effect(pairs, metric, variances[metric.name], unknown)
+            effect = _effect(pairs, metric, variances[metric.name], UNKNOWN_NOISE)
             found.append(
                 NoiseFloor(load, workload, metric.name, effect.ratio, effect.low, effect.high)
             )

@@ -6,34 +6,49 @@ steps and the machine's state, so resampling requests alone would claim too much
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specwise.analysis.cells import Cells, Floats, TrialTable
+from specwise.analysis.latency import rates
 from specwise.domain import LoadPoint, Purpose
 
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _MAX_DRAWS, _MAX_DRAWN_VALUES = 400, 1_000_000
 _FEWEST_DOF_BY_LOAD = 4
+FEWEST_PAIRS = {"p95": 20, "p99": 100}
+"""Pairs below which a percentile is little more than the largest value, and gets no interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How one metric is computed from a column of requests (see `statistic`)."""
+    """How one metric is computed from a column of requests (see `statistic`).
+
+    ``per`` is the column whose sum divides, for kind "ratio". A rate of the server has a ``rate``,
+    its place in what `latency.rates` returns: that is its value, and the ratio of sums is what
+    requests are resampled into.
+    """
 
     name: str
     column: str
     kind: str
     better: Literal["higher", "lower"]
+    per: str = ""
+    rate: int | None = None
 
 
-SPEEDUP = Metric("speedup", "e2e_s", "per_token", "higher")
+SPEEDUP = Metric("speedup", "e2e_s", "ratio", "higher", per="output_tokens")
+RATE_METRICS = (
+    Metric("output_tokens_per_s", "output_tokens", "ratio", "higher", per="e2e_s", rate=0),
+    Metric("goodput_per_s", "meets_slo", "ratio", "higher", per="e2e_s", rate=2),
+)
 REQUEST_METRICS = (
     SPEEDUP,
     *(
@@ -64,6 +79,7 @@ class Pairs:
     segment: str | None
     load: LoadPoint
     columns: Mapping[str, Floats]
+    repeat: NDArray[np.int64]
     cluster: NDArray[np.int64]
     stratum: NDArray[np.int64]
     shares_prompts: bool
@@ -85,7 +101,7 @@ class Pairs:
 
 
 PairKey = tuple[str, str, str | None, LoadPoint]
-_COLUMNS = ("ttft_s", "tpot_s", "e2e_s", "output_tokens")
+_COLUMNS = ("ttft_s", "tpot_s", "e2e_s", "output_tokens", "meets_slo")
 
 
 def match_pairs(
@@ -116,17 +132,20 @@ def pair_trials(
     columns: dict[str, list[Floats]] = {name: [] for name in _COLUMNS}
     prompts: list[str] = []
     segments: list[str] = []
+    repeat: list[int] = []
     per_repeat: list[set[str]] = []
     failed = [0, 0]
-    for a, b in both:
+    for number, (a, b) in enumerate(both):
         rows_a, rows_b = common_rows((a, b), segment)
         for name in _COLUMNS:
-            pair = np.stack([getattr(a, name)[rows_a], getattr(b, name)[rows_b]])
+            sides = (getattr(a, name)[rows_a], getattr(b, name)[rows_b])
+            pair = np.stack(sides).astype(np.float64)
             pair[:, np.isnan(pair).any(0)] = np.nan
             columns[name].append(pair)
         names = [str(p) for p in a.prompt_id[rows_a]]
         prompts += names
         segments += [str(name) for name in a.segment[rows_a]]
+        repeat += [number] * len(names)
         per_repeat.append(set(names))
         for side, table in enumerate((a, b)):
             failed[side] += int((table.rows(segment) & ~table.ok).sum())
@@ -141,6 +160,7 @@ def pair_trials(
         segment=segment,
         load=load,
         columns={name: np.concatenate(held, axis=1) for name, held in columns.items()},
+        repeat=np.array(repeat, dtype=np.int64),
         cluster=cluster,
         stratum=stratum,
         shares_prompts=sum(len(s) for s in per_repeat) > len(set().union(*per_repeat)),
@@ -167,16 +187,16 @@ def common_rows(tables: Sequence[TrialTable], segment: str | None) -> list[NDArr
 # Statistics of requests, and their resampling
 
 
-def statistic(values: Floats, tokens: Floats, kind: str) -> Floats:
+def statistic(values: Floats, per: Floats | None, kind: str) -> Floats:
     """One number for each row of ``values`` (rows x requests); NaN requests do not count.
 
-    per_token: sum(values) / sum(tokens); mean; p50, p95, p99 by linear interpolation. NaN where
-    no request has a value.
+    ratio: sum(values) / sum(per); mean; p50, p95, p99 by linear interpolation. NaN where no
+    request has a value.
     """
     known = ~np.isnan(values)
-    if kind in ("per_token", "mean"):
-        per = np.where(known, tokens, 0.0).sum(-1) if kind == "per_token" else known.sum(-1)
-        return _over(np.where(known, values, 0.0).sum(-1), per)
+    if kind in ("ratio", "mean"):
+        divisor = known.sum(-1) if per is None else np.where(known, per, 0.0).sum(-1)
+        return _over(np.where(known, values, 0.0).sum(-1), divisor)
     return _sorted_quantile(np.sort(values, axis=-1), known.sum(-1), _QUANTILES[kind])
 
 
@@ -199,7 +219,7 @@ def log_ratio(metric: Metric, base: Floats, candidate: Floats) -> Floats:
     """log(candidate / baseline), the other way round for the speedup; NaN without a value."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(candidate) - np.log(base)
-    signed = -ratio if metric.kind == "per_token" else ratio
+    signed = -ratio if metric == SPEEDUP else ratio
     return np.where(np.isfinite(signed), signed, np.nan)
 
 
@@ -231,6 +251,7 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
     missing = clusters / (clusters - strata) if clusters > strata else 1.0
     drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]))
     times = _times_drawn(drawn, pairs.count)
+    inside = _share_inside(pairs)
     variances: dict[str, float] = {}
     for column in dict.fromkeys(metric.column for metric in metrics):
         values = pairs.columns[column]
@@ -246,17 +267,62 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
             if metric.kind in _QUANTILES:
                 whole = np.broadcast_to(counts.astype(np.int64), sums.shape)
                 statistics = _sorted_quantile(ordered, whole, _QUANTILES[metric.kind])
-            elif metric.kind == "per_token":
-                tokens = np.where(known, pairs.columns["output_tokens"], 0.0) @ times.T
-                statistics = _over(sums, tokens)
+            elif metric.kind == "ratio":
+                statistics = _over(sums, np.where(known, pairs.columns[metric.per], 0.0) @ times.T)
             else:
                 statistics = _over(sums, np.broadcast_to(counts, sums.shape))
             logs = log_ratio(metric, statistics[0], statistics[1])
             logs = logs[~np.isnan(logs)]
+            counted = missing / inside if metric.name == "output_tokens_per_s" else missing
             variances[metric.name] = (
-                float(logs.var(ddof=1)) * missing if enough and len(logs) > 1 else float("nan")
+                _spread(logs, metric.kind) * counted if enough and len(logs) > 1 else math.nan
             )
     return variances
+
+
+def _share_inside(pairs: Pairs) -> float:
+    """The share of the output that arrived inside the loaded windows, which rates are over."""
+    tables = (*pairs.base_tables, *pairs.arm_tables)
+    inside = sum(float(np.nansum(t.window_tokens)) for t in tables)
+    total = sum(float(np.nansum(t.output_tokens)) for t in tables)
+    return inside / total if 0 < inside <= total else 1.0
+
+
+def _spread(logs: Floats, kind: str) -> float:
+    """The variance of ``logs``; for a percentile that of the normal with their middle 68 %.
+
+    Draws of a tail percentile jump to the next larger request now and then. Their variance, ruled
+    by those jumps, is twice the estimate's own (docs/concepts/statistics.md).
+    """
+    if kind not in _QUANTILES:
+        return float(logs.var(ddof=1))
+    low, high = np.quantile(logs, [0.1587, 0.8413])
+    return float(((high - low) / 2) ** 2)
+
+
+def trial_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -> dict[str, float]:
+    """What requests alone make one pair of trials differ by: `bootstrap_variances` of each repeat
+    by itself, averaged. For a tail percentile that is more than ``repeats`` times the variance of
+    all repeats together, because a trial's tail holds fewer requests."""
+    each = [
+        bootstrap_variances(_one_repeat(pairs, number), metrics, seed=seed)
+        for number in np.unique(pairs.repeat)
+    ]
+    return {
+        metric.name: float(np.mean([variances[metric.name] for variances in each]))
+        for metric in metrics
+    }
+
+
+def _one_repeat(pairs: Pairs, number: int) -> Pairs:
+    rows = pairs.repeat == number
+    return replace(
+        pairs,
+        columns={name: values[:, rows] for name, values in pairs.columns.items()},
+        repeat=pairs.repeat[rows],
+        cluster=np.unique(pairs.cluster[rows], return_inverse=True)[1],
+        stratum=np.unique(pairs.stratum[rows], return_inverse=True)[1],
+    )
 
 
 def _times_drawn(drawn: NDArray[np.int64], count: int) -> Floats:
@@ -293,12 +359,57 @@ class TrialNoise:
 UNKNOWN_NOISE = TrialNoise(0.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Trials of one workload and load that served the same requests: what noise is read from.
+
+    ``tables[i][j]`` is arm i in repeat j, ``rows`` the requests that ended OK in every arm of that
+    repeat. ``again`` marks an A/A block: two trials of the baseline.
+    """
+
+    load: LoadPoint
+    tables: tuple[tuple[TrialTable, ...], ...]
+    rows: tuple[tuple[NDArray[np.int64], ...], ...]
+    again: bool
+
+
+def noise_blocks(measured: Cells, baseline: str) -> tuple[Block, ...]:
+    """A block for every (workload, load) with repeats, and one for every A/A trial."""
+    found = []
+    for workload, load in sorted({(key[1], key[2]) for key in measured}):
+        arms = [
+            {t.trial.repeat: t for t in tables}
+            for (_, w, at, purpose), tables in measured.items()
+            if (w, at) == (workload, load) and purpose is Purpose.MEASURE
+        ]
+        repeats = sorted(set.intersection(*(set(held) for held in arms))) if arms else []
+        if len(arms) > 1 and len(repeats) > 1:
+            found.append(_block(load, [[held[r] for held in arms] for r in repeats], again=False))
+        base = {
+            t.trial.repeat: t for t in measured.get((baseline, workload, load, Purpose.MEASURE), ())
+        }
+        found += [
+            _block(load, [[base[t.trial.repeat], t]], again=True)
+            for t in measured.get((baseline, workload, load, Purpose.NOISE_FLOOR), ())
+            if t.trial.repeat in base
+        ]
+    return tuple(found)
+
+
+def _block(load: LoadPoint, by_repeat: list[list[TrialTable]], *, again: bool) -> Block:
+    rows = [common_rows(tables, None) for tables in by_repeat]
+    return Block(
+        load,
+        tuple(zip(*by_repeat, strict=True)),
+        tuple(zip(*rows, strict=True)),
+        again,
+    )
+
+
 def trial_noise(
-    measured: Cells,
-    baseline: str,
+    blocks: Sequence[Block],
     metric: Metric,
-    matched: Mapping[PairKey, Pairs],
-    bootstraps: Mapping[PairKey, Mapping[str, float]],
+    of_trials: Mapping[PairKey, Mapping[str, float]],
 ) -> dict[LoadPoint, TrialNoise]:
     """Trial noise of ``metric`` by load point, from repeats and A/A trials.
 
@@ -308,31 +419,25 @@ def trial_noise(
     Design and Analysis of Experiments, section 4.1). A/A: half the squared log ratio of two
     baseline trials on the same requests estimates the same variance with one degree of freedom.
     Both are pooled over workloads at a load, and over all loads where a load has fewer than four.
+    ``of_trials`` are the `trial_variances` of every cell with a baseline.
     """
     squares: dict[LoadPoint, float] = defaultdict(float)
     dof: dict[LoadPoint, float] = defaultdict(float)
-    loads = {key[2] for key in measured}
-    for workload, load in sorted({(key[1], key[2]) for key in measured}):
-        arms = [
-            tables
-            for (_, w, at, purpose), tables in measured.items()
-            if (w, at) == (workload, load) and purpose is Purpose.MEASURE
-        ]
-        again = measured.get((baseline, workload, load, Purpose.NOISE_FLOOR), ())
-        base = measured.get((baseline, workload, load, Purpose.MEASURE), ())
-        for sum_of_squares, degrees in (
-            _block_residual(arms, metric),
-            _repeat_difference(base, again, metric),
-        ):
-            squares[load] += sum_of_squares
-            dof[load] += degrees
+    for block in blocks:
+        logs = _block_logs(block, metric)
+        if block.again and np.isfinite(logs).all():
+            squares[block.load] += float((logs[0, 0] - logs[1, 0]) ** 2 / 2)
+            dof[block.load] += 1.0
+        elif np.isfinite(logs).all():
+            residual = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
+            squares[block.load] += float((residual**2).sum())
+            dof[block.load] += float((logs.shape[0] - 1) * (logs.shape[1] - 1))
     request_variance: dict[LoadPoint, list[float]] = defaultdict(list)
-    for key, pairs in matched.items():
-        variance = bootstraps[key][metric.name]
-        if pairs.segment is None and np.isfinite(variance):
-            request_variance[pairs.load].append(variance * pairs.repeats)
+    for (*_, load), variances in of_trials.items():
+        if np.isfinite(variances[metric.name]):
+            request_variance[load].append(variances[metric.name])
     found = {}
-    for load in loads:
+    for load in {key[3] for key in of_trials}:
         if dof[load] >= _FEWEST_DOF_BY_LOAD:
             total, degrees, own = squares[load], dof[load], request_variance[load]
         else:
@@ -346,43 +451,25 @@ def trial_noise(
     return found
 
 
-def _block_residual(arms: Sequence[Sequence[TrialTable]], metric: Metric) -> tuple[float, float]:
-    """Residual sum of squares and its degrees of freedom in the arms x repeats table of logs."""
-    by_repeat = [{t.trial.repeat: t for t in tables} for tables in arms]
-    repeats = sorted(set.intersection(*(set(r) for r in by_repeat))) if by_repeat else []
-    if len(arms) < 2 or len(repeats) < 2:
-        return 0.0, 0.0
-    logs = np.array([_trial_logs([held[r] for held in by_repeat], metric) for r in repeats])
-    if np.isnan(logs).any():
-        return 0.0, 0.0
-    residual = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
-    return float((residual**2).sum()), float((len(arms) - 1) * (len(repeats) - 1))
-
-
-def _repeat_difference(
-    base: Sequence[TrialTable], again: Sequence[TrialTable], metric: Metric
-) -> tuple[float, float]:
-    """Half the squared log ratio of each A/A trial to the trial it repeats, and their number."""
-    of_base = {t.trial.repeat: t for t in base}
-    total, count = 0.0, 0
-    for table in again:
-        if table.trial.repeat in of_base:
-            first, second = _trial_logs([of_base[table.trial.repeat], table], metric)
-            if np.isfinite(first - second):
-                total += float((first - second) ** 2 / 2)
-                count += 1
-    return total, float(count)
-
-
-def _trial_logs(tables: Sequence[TrialTable], metric: Metric) -> Floats:
-    """Log of the metric in each table, over the requests that ended OK in all of them."""
-    rows = common_rows(tables, None)
-    values = [
-        float(statistic(getattr(t, metric.column)[r], t.output_tokens[r], metric.kind))
-        if len(r)
-        else float("nan")
-        for t, r in zip(tables, rows, strict=True)
-    ]
+def _block_logs(block: Block, metric: Metric) -> Floats:
+    """Log of the metric in each trial of a block, arms x repeats; NaN without a value."""
+    values = np.array(
+        [
+            [_trial_value(table, rows, metric) for table, rows in zip(tables, held, strict=True)]
+            for tables, held in zip(block.tables, block.rows, strict=True)
+        ]
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs: Floats = np.log(np.array(values, dtype=np.float64))
+        logs: Floats = np.log(values)
     return logs
+
+
+def _trial_value(table: TrialTable, rows: NDArray[np.int64], metric: Metric) -> float:
+    """The metric in one trial: a rate over its loaded window, else over the requests ``rows``."""
+    if metric.rate is not None:
+        held = rates((table,), None)
+        return held[metric.rate] if held else math.nan
+    if not len(rows):
+        return math.nan
+    per = getattr(table, metric.per)[rows] if metric.per else None
+    return float(statistic(getattr(table, metric.column)[rows], per, metric.kind))
