@@ -8,6 +8,7 @@ from specwise.analysis.acceptance import AcceptanceSummary, summarise_acceptance
 from specwise.analysis.cells import Cells, cells
 from specwise.analysis.comparison import Effect, NoiseFloor, Signature, compare
 from specwise.analysis.crossover import Crossover, find_crossovers
+from specwise.analysis.experiment import Experiment, experiment_of
 from specwise.analysis.latency import ServingSummary, summarise
 from specwise.decision.conditions import Condition, check_conditions
 from specwise.decision.findings import Findings, counted, limited_trials, listed
@@ -20,7 +21,8 @@ class Assessment:
     """A study and all that follows from it; what the console, the page and the JSON show.
 
     ``warnings`` are sentences about the measurement itself: incomplete trials, a limited client,
-    failures, a study that a simulation made.
+    failures, a study that a simulation made. ``experiment`` is the result of the experiment that
+    the study was designed as, None for a plain study.
     """
 
     study: StudyData
@@ -33,6 +35,7 @@ class Assessment:
     conditions: tuple[Condition, ...]
     verdict: Verdict
     warnings: tuple[str, ...]
+    experiment: Experiment | None = None
 
 
 def assess(study: StudyData, *, seed: int = 0) -> Assessment:
@@ -64,6 +67,9 @@ def assess(study: StudyData, *, seed: int = 0) -> Assessment:
         conditions=conditions,
         verdict=decide(findings, conditions),
         warnings=_warnings(findings, measured),
+        experiment=experiment_of(
+            study, measured, comparison, findings.summaries, findings.acceptance, seed=seed
+        ),
     )
 
 
@@ -74,12 +80,16 @@ def _warnings(findings: Findings, measured: Cells) -> tuple[str, ...]:
     if study.predicted:
         found.append("A simulation made this study: every figure is a prediction.")
     done = {t.trial.trial_id for t in study.trials if t.complete}
-    missing = [t.trial_id for t in study.design.trials if t.trial_id not in done]
+    planned = [t.trial_id for t in study.design.trials if t.trial_id not in study.skipped]
+    missing = [trial_id for trial_id in planned if trial_id not in done]
     if missing:
         found.append(
-            f"{len(missing)} of {len(study.design.trials)} trials are not complete and were left "
+            f"{len(missing)} of {len(planned)} trials are not complete and were left "
             "out; `specwise measure` on the folder goes on with them."
         )
+    for reason in dict.fromkeys(study.skipped.values()):
+        number = sum(why == reason for why in study.skipped.values())
+        found.append(f"{counted(number, 'trial')} did not have to be run: {reason}.")
     limited = limited_trials(measured)
     if limited:
         found.append(

@@ -11,7 +11,7 @@ from specwise.analysis.cells import Cells
 from specwise.analysis.comparison import Direction, Effect, NoiseFloor, Signature
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary, percentiles
-from specwise.domain import Arm, LoadPoint, Loop, Purpose, StudyData, StudyDesign
+from specwise.domain import Arm, LoadPoint, Loop, Purpose, StudyData, StudyDesign, Workload
 from specwise.measurement.load import client_limits
 
 MARGIN = 0.95
@@ -74,7 +74,8 @@ class Findings:
     def parts(self) -> tuple[Place, ...]:
         """Every segment measured at the production load, in mixes and alone, production's first.
 
-        A pure workload that is itself the production workload is left out: it is the whole.
+        A pure workload that is itself the production workload is left out: it is the whole. So are
+        variants of a segment: what production does not send is not judged.
         """
         at_load = {
             (e.workload, e.segment) for e in self.effects if e.load == self.design.production_load
@@ -85,9 +86,14 @@ class Findings:
         ):
             if workload.is_mix:
                 places += [Place(workload.name, name) for name, _ in workload.shares]
-            elif workload.name != self.design.production_workload:
+            elif workload.name != self.design.production_workload and not self._is_variant(
+                workload
+            ):
                 places.append(Place(workload.name, None))
         return tuple(p for p in places if (p.workload, p.segment) in at_load)
+
+    def _is_variant(self, workload: Workload) -> bool:
+        return any(self.design.segment(name).same_prompts_as for name, _ in workload.shares)
 
     def production_parts(self) -> tuple[Place, ...]:
         """Those of `parts` that production's workload is made of, in the mix or alone."""
