@@ -80,6 +80,14 @@ def test_a_probe_tells_the_two_servers_apart(
         probe(drafting_server.url, model="another")
 
 
+def test_the_quick_reading_of_metrics_is_the_whole_ones(drafting_server: Server) -> None:
+    text = metrics.fetch(drafting_server.url)
+    whole, some = metrics.parse(text), metrics.parse(text, histograms=("tpot_s",))
+    assert (some.counters, some.gauges) == (whole.counters, whole.gauges)
+    assert some.histograms == {"tpot_s": whole.histograms["tpot_s"]}
+    assert (some.generation, some.process_start_s) == (whole.generation, whole.process_start_s)
+
+
 def test_counters_agree_with_the_requests_that_were_sent(drafting_server: Server) -> None:
     before = metrics.scrape(drafting_server.url)
     prompts = _prompts(per_segment=2)

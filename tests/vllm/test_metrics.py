@@ -140,6 +140,16 @@ def test_a_metric_exported_under_its_old_and_new_name_counts_once() -> None:
     assert snapshot.gauges == {"kv_use": 0.5}
 
 
+@pytest.mark.parametrize("text", [V1, V0])
+def test_reading_only_some_histograms_changes_nothing_else(text: str) -> None:
+    whole, some = metrics.parse(text), metrics.parse(text, histograms=("tpot_s", "ttft_s"))
+    assert some.histograms == {
+        name: h for name, h in whole.histograms.items() if name in ("tpot_s", "ttft_s")
+    }
+    for field in ("counters", "gauges", "generation", "speculative", "process_start_s"):
+        assert getattr(some, field) == getattr(whole, field)
+
+
 def test_text_of_another_format_is_one_clear_error() -> None:
     with pytest.raises(ServerError, match="not in Prometheus' text format"):
         metrics.parse("<html><body>nothing here</body></html>")
