@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -154,32 +155,35 @@ def verify(
     known = folder.provenance.get("arms", {}) if folder and study is not None else {}
     chosen = prompts_of(design, base, prompt_count)
     results: list[LosslessnessResult] = []
+    # Logs outlive a failure, whose message names them, and nothing else.
+    logs = folder.path / "logs" if folder else Path(tempfile.mkdtemp(prefix="specwise-verify-"))
     try:
-        with tempfile.TemporaryDirectory(prefix="specwise-verify-") as logs:
-            for answers in collect(
-                design,
-                chosen,
+        for answers in collect(
+            design,
+            chosen,
+            plan,
+            log_path=lambda arm: logs / f"{arm}.log",
+            known=known,
+            note=lambda text: click.echo(f"  {text}", err=True),
+        ):
+            result = evaluate(
                 plan,
-                log_path=folder.log_path if folder else lambda arm: Path(logs) / f"{arm}.log",
-                known=known,
-                note=lambda text: click.echo(f"  {text}", err=True),
-            ):
-                result = evaluate(
-                    plan,
-                    answers.baseline,
-                    answers.candidate,
-                    arm=answers.arm.name,
-                    model=answers.model,
-                    measured_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    versions=answers.versions,
-                )
-                results.append(result)
-                if folder is not None:
-                    write_losslessness(folder.path, result)
-                if not as_json:
-                    _show(result)
+                answers.baseline,
+                answers.candidate,
+                arm=answers.arm.name,
+                model=answers.model,
+                measured_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                versions=answers.versions,
+            )
+            results.append(result)
+            if folder is not None:
+                write_losslessness(folder.path, result)
+            if not as_json:
+                _show(result)
     except KeyboardInterrupt:
         raise StoppedError("Stopped; results of arms that were finished are kept.") from None
+    if folder is None:
+        shutil.rmtree(logs)
     if as_json:
         import orjson  # noqa: PLC0415
 

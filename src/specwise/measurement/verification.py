@@ -153,16 +153,26 @@ def collect(
         fleet.start()
         first = design.arms[0]
         target = fleet.ready(first)
-        baseline = ask_baseline(target, prompts, plan, note)
+        with _naming_the_log(fleet, first):
+            baseline = ask_baseline(target, prompts, plan, note)
         for number, arm in enumerate(design.arms[1:], start=1):
-            candidate = ask_candidate(
-                fleet.ready(arm), prompts, plan, baseline, stream=number, note=note
-            )
+            its = fleet.ready(arm)
+            with _naming_the_log(fleet, arm):
+                candidate = ask_candidate(its, prompts, plan, baseline, stream=number, note=note)
             old, new = (
                 (described.get(name) or (known or {}).get(name, {})).get("vllm")
                 for name in (first.name, arm.name)
             )
             yield ArmAnswers(arm, target.model, baseline, candidate, (old, new))
+
+
+@contextlib.contextmanager
+def _naming_the_log(fleet: Fleet, arm: Arm) -> Iterator[None]:
+    """Says where to look when the server of ``arm`` fails."""
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(error.what, f"{error.next_step}{fleet.last_words(arm)}") from error
 
 
 def prompts_of(design: StudyDesign, base: Path, count: int) -> tuple[VerifyPrompt, ...]:
