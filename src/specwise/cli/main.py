@@ -31,6 +31,7 @@ STAGES: dict[str, dict[str, str]] = {
     "Decide": {
         "decide": "So: on, off, or measure more?",
         "report": "Show me, and my boss.",
+        "compare": "What did that change do: quantisation, version, flags?",
     },
     "Watch": {
         "alerts": "Prometheus rules with this study's own thresholds.",

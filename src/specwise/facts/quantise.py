@@ -84,7 +84,8 @@ def pack_int4(values: Integers) -> npt.NDArray[np.int32]:
     rows, columns = values.shape
     shifted = np.pad((values.astype(np.int16) + 8).astype(np.uint32), ((0, 0), (0, -columns % 8)))
     places = np.arange(_PER_INT32, dtype=np.uint32) * 4
-    packed = np.bitwise_or.reduce(shifted.reshape(rows, -1, _PER_INT32) << places, axis=2)
+    lanes = shifted.reshape(rows, -1, _PER_INT32) << places
+    packed: npt.NDArray[np.uint32] = np.bitwise_or.reduce(lanes, axis=2)
     return packed.view(np.int32)
 
 

@@ -68,6 +68,24 @@ def print_assessment(
     _Printer(console or Console(), assessment).print_all(report)
 
 
+def console_text(console: Console, words: str, style: str = "") -> Text:
+    """``words`` as rich text without markup, in ASCII where the console has no Unicode."""
+    if "utf" not in console.encoding.lower():
+        words = words.translate(_ASCII).encode("ascii", "replace").decode()
+    return Text(words, style=style)
+
+
+def ruled_table(console: Console) -> Table:
+    """A table with a rule under its head and nothing else."""
+    return Table(
+        box=_RULED if "utf" in console.encoding.lower() else _RULED_ASCII,
+        padding=(0, 1),
+        collapse_padding=True,
+        show_edge=False,
+        header_style="dim",
+    )
+
+
 class _Printer:
     """One assessment on its way to one console."""
 
@@ -76,7 +94,6 @@ class _Printer:
         self.assessment = assessment
         self.verdict = assessment.verdict
         self.design = assessment.study.design
-        self.unicode = "utf" in console.encoding.lower()
 
     def print_all(self, report: Path | None) -> None:
         self.print_verdict()
@@ -90,10 +107,7 @@ class _Printer:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def text(self, words: str, style: str = "") -> Text:
-        """``words`` as rich text without markup, in ASCII where the console has no Unicode."""
-        if not self.unicode:
-            words = words.translate(_ASCII).encode("ascii", "replace").decode()
-        return Text(words, style=style)
+        return console_text(self.console, words, style)
 
     def line(self, body: RenderableType, indent: int = _INDENT) -> None:
         self.console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
@@ -206,13 +220,7 @@ class _Printer:
         loads: list[LoadPoint],
         effects: Mapping[tuple[str, str | None, str, LoadPoint], Effect],
     ) -> Table:
-        table = Table(
-            box=_RULED if self.unicode else _RULED_ASCII,
-            padding=(0, 1),
-            collapse_padding=True,
-            show_edge=False,
-            header_style="dim",
-        )
+        table = ruled_table(self.console)
         table.add_column("Requests", no_wrap=True, max_width=_NAME_WIDTH)
         table.add_column("Arm", no_wrap=True, max_width=_ARM_WIDTH)
         table.add_column("Acc.", no_wrap=True, justify="right", min_width=len("100 %"))

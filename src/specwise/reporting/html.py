@@ -85,7 +85,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
     load = design.production_load
     links = {m.trial.trial_id: _raw_link(m, Path(study.folder), beside) for m in study.trials}
     shown_acceptance = _acceptance_at(assessment.acceptance, load)
-    return _template().render(
+    return page_template("report.html").render(
         w=wording,
         study=study,
         design=design,
@@ -135,7 +135,8 @@ def render_report(assessment: Assessment, beside: Path) -> str:
 
 
 @cache
-def _template() -> Template:
+def page_template(name: str) -> Template:
+    """A page of `reporting/templates`, with escaping on and no silent gaps."""
     environment = Environment(
         loader=PackageLoader("specwise.reporting"),
         autoescape=True,
@@ -143,7 +144,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _raw_link(measured: MeasuredTrial, folder: Path, beside: Path) -> Link:

@@ -34,16 +34,16 @@ def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "predicted": study.predicted,
-        "provenance": without_secrets(_plain(study.provenance)),
+        "provenance": without_secrets(json_types(study.provenance)),
         "design": _design(study.design),
-        "verdict": _plain(assessment.verdict),
-        "conditions": _plain(assessment.conditions),
-        "effects": _plain(assessment.effects),
-        "noise_floors": _plain(assessment.noise_floors),
-        "signatures": _plain(assessment.signatures),
-        "crossovers": _plain(assessment.crossovers),
-        "summaries": _plain(assessment.summaries),
-        "acceptance": _plain(assessment.acceptance),
+        "verdict": json_types(assessment.verdict),
+        "conditions": json_types(assessment.conditions),
+        "effects": json_types(assessment.effects),
+        "noise_floors": json_types(assessment.noise_floors),
+        "signatures": json_types(assessment.signatures),
+        "crossovers": json_types(assessment.crossovers),
+        "summaries": json_types(assessment.summaries),
+        "acceptance": json_types(assessment.acceptance),
         "warnings": list(assessment.warnings),
         "trials": [_trial(measured) for measured in study.trials],
     }
@@ -84,47 +84,47 @@ def _without_password(text: str) -> str:
 
 
 def _design(design: StudyDesign) -> dict[str, Any]:
-    plain: dict[str, Any] = _plain(design)
+    plain: dict[str, Any] = json_types(design)
     del plain["trials"]  # what was measured of them stands under the top-level "trials"
     plain["arms"] = [_arm(arm) for arm in design.arms]
     return plain
 
 
 def _arm(arm: Arm) -> dict[str, Any]:
-    plain: dict[str, Any] = without_secrets(_plain(arm))
+    plain: dict[str, Any] = without_secrets(json_types(arm))
     if arm.deployment is not None:
         plain["deployment"]["environment"] = sorted(arm.deployment.environment)
     return plain
 
 
 def _trial(measured: MeasuredTrial) -> dict[str, Any]:
-    plain: dict[str, Any] = _plain(measured.trial)
+    plain: dict[str, Any] = json_types(measured.trial)
     failed = sum(record.outcome is not Outcome.OK for record in measured.records)
     return plain | {
         "complete": measured.complete,
         "recorded": len(measured.records),
         "failed": failed,
-        "parts": _plain(measured.parts),
+        "parts": json_types(measured.parts),
     }
 
 
-def _plain(value: Any) -> Any:  # noqa: PLR0911 (one return a kind of value)
-    """``value`` in JSON types."""
+def json_types(value: Any) -> Any:  # noqa: PLR0911 (one return a kind of value)
+    """``value`` in JSON types: fields by name, what is not finite as None, else as text."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: json_types(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, Effect):
             fields["direction"] = value.direction
         elif isinstance(value, LoadPoint):
             fields["label"] = value.label
         return fields
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_types(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
+        return [json_types(item) for item in value]
     if value is None or isinstance(value, str | int | bool):
         return value
     return str(value)
