@@ -144,3 +144,12 @@ def test_a_strange_study_gets_an_answer_not_a_traceback(changes: dict[str, objec
 def test_two_requests_a_trial_are_too_few_but_no_error() -> None:
     found = assess(demo_study(demo_design(loads=(C16,), requests=2)))
     assert found.verdict.decision is Decision.MEASURE_MORE
+
+
+def test_what_the_prompts_source_says_of_sampling_is_a_warning() -> None:
+    study = demo_study(demo_design(repeats=1, loads=(C1,), production_load=C1))
+    remark = "Measured at temperature 0, but the source asks for 0.7 (96 of 96)."
+    provenance = {**study.provenance, "prompt_notes": {"json": [remark], "prose": []}}
+    warnings = assess(replace(study, provenance=provenance)).warnings
+    assert f"Prompts of segment json: {remark}" in warnings
+    assert not any("segment prose" in warning for warning in warnings)

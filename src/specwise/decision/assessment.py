@@ -90,6 +90,8 @@ def _warnings(findings: Findings, measured: Cells) -> tuple[str, ...]:
     for reason in dict.fromkeys(study.skipped.values()):
         number = sum(why == reason for why in study.skipped.values())
         found.append(f"{counted(number, 'trial')} did not have to be run: {reason}.")
+    for segment, remarks in study.provenance.get("prompt_notes", {}).items():
+        found += [f"Prompts of segment {segment}: {remark}" for remark in remarks]
     limited = limited_trials(measured)
     if limited:
         found.append(

@@ -85,10 +85,9 @@ def load_prompts(
 
 def check_prompts(design: StudyDesign, base: Path) -> None:
     """Read every prompt source of ``design``; PromptError if one cannot be used as designed."""
-    sources = {
-        s.name: load_source(s.prompts, base, template=s.template).prompts for s in design.segments
-    }
-    PromptPlan(sources, design.segments, seed=design.seed, warmup=design.warmup)
+    segments = [segment for segment in design.segments if not segment.same_prompts_as]
+    sources = {s.name: load_source(s.prompts, base, template=s.template).prompts for s in segments}
+    PromptPlan(sources, segments, seed=design.seed, warmup=design.warmup)
 
 
 def remarks(segment: Segment, source: PromptSource) -> tuple[str, ...]:
