@@ -44,7 +44,8 @@ EVIDENCE_SCHEMA = 1
 _RESULT = TypeAdapter(LosslessnessResult)
 
 COUNTERS_SETTLE_S: Final = 0.5  # vLLM exports a step's counters after it has answered
-_MAX_SEED = 2**48
+# A seed below 2**31 is made of (request, server, choice): torch's CPU generator looks at 32 bits.
+_SEED_REQUESTS, _SEED_SERVERS, _SEED_CHOICES = 2**20, 2**6, 2**5
 
 Note = Callable[[str], None]
 Samples = tuple[tuple[int, ...], ...]
@@ -332,23 +333,24 @@ class _Asker:
         Prompts take turns, so that a batch holds several of them.
         """
         plan = self._plan
-        rng = np.random.default_rng([plan.seed, 11, stream])
-        workers = min(2, plan.concurrency)
-        at_once = plan.concurrency // workers
+        at_once = min(_SEED_CHOICES, max(1, plan.concurrency // 2))
         sizes = [min(at_once, plan.samples - done) for done in range(0, plan.samples, at_once)]
         turns = [(prompt, size) for size in sizes for prompt in prompts]
+        rng = np.random.default_rng([plan.seed, 11])
+        # Any offset keeps the seeds apart, and another plan's seed gives others.
+        numbers = (int(rng.integers(_SEED_REQUESTS)) + np.arange(len(turns))) % _SEED_REQUESTS
         bodies = [
             self._body(
                 prompt,
                 plan.sample_tokens,
                 temperature=plan.temperature,
                 samples=size,
-                seed=int(rng.integers(_MAX_SEED)),
+                seed=(int(number) * _SEED_SERVERS + stream % _SEED_SERVERS) * _SEED_CHOICES,
             )
-            for prompt, size in turns
+            for number, (prompt, size) in zip(numbers, turns, strict=True)
         ]
         drawn: dict[str, list[tuple[int, ...]]] = {prompt.prompt_id: [] for prompt in prompts}
-        answers = self._post_all(bodies, workers=workers)
+        answers = self._post_all(bodies, workers=plan.concurrency // at_once)
         for (prompt, _), answer in zip(turns, answers, strict=True):
             drawn[prompt.prompt_id] += [output.tokens for output in self._outputs(answer)]
         return {name: tuple(outputs) for name, outputs in drawn.items()}
