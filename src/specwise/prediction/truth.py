@@ -161,13 +161,6 @@ class _CostsTable(_Table):
     overhead_ms: NotNegative = 0.0
 
 
-class _RooflineTable(_Table):
-    target: str
-    draft: str | None = None
-    gpu: str
-    gpus: PositiveInt = 1
-
-
 class _LimitsTable(_Table):
     max_num_batched_tokens: PositiveInt = 8192
     max_num_seqs: PositiveInt = 256
@@ -209,7 +202,6 @@ class _ServerTable(_Table):
     acceptance: dict[str, Acceptance] = {}
     draft_probability: dict[str, Probability] = {}
     costs: _CostsTable | None = None
-    roofline: _RooflineTable | None = None
     limits: _LimitsTable | None = None
     fault: list[_FaultTable] = []
 
@@ -221,7 +213,6 @@ class _TruthTable(_Table):
     characters_per_token: Positive = 4.0
     max_model_len: PositiveInt = 32768
     costs: _CostsTable | None = None
-    roofline: _RooflineTable | None = None
     limits: _LimitsTable = _LimitsTable()
     segment: list[_SegmentTable]
     server: Annotated[list[_ServerTable], Field(min_length=1)]
@@ -233,10 +224,10 @@ class _TruthTable(_Table):
         return self
 
 
-def bundled_truth() -> str:
-    """The text of the truth file that ships with specwise."""
+def bundled_text(name: str) -> str:
+    """The text of a bundled file: ``truth``, or ``rehearse``, the study that measures it."""
     folder = Path(__file__).resolve().parents[1] / "bundled" / "studies"
-    return (folder / "truth.toml").read_text(encoding="utf-8")
+    return (folder / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def read_truth(path: Path) -> tuple[ServerTruth, ...]:
@@ -359,23 +350,15 @@ def _acceptance(
 
 
 def _costs(table: _TruthTable, server: _ServerTable, where: str) -> StepCosts:
-    own = [given for given in (server.costs, server.roofline) if given is not None]
-    given = own or [given for given in (table.costs, table.roofline) if given is not None]
-    if len(given) != 1:
-        raise InputError(f"{where} needs either [costs] or [roofline], and one of them.", _NEXT)
-    linear = given[0]
-    if isinstance(linear, _RooflineTable):
-        return _roofline(linear, server, where)
+    given = server.costs or table.costs
+    if given is None:
+        raise InputError(f"{where} has no [costs], and neither has the file.", _NEXT)
     return LinearCosts(
-        target_pass_s=linear.target_pass_ms / 1e3,
-        token_s=linear.token_us / 1e6,
-        context_token_s=linear.context_token_ns / 1e9,
-        draft_pass_s=linear.draft_pass_ms / 1e3,
-        draft_token_s=linear.draft_token_us / 1e6,
-        overhead_each_s=linear.overhead_ms / 1e3,
+        target_pass_s=given.target_pass_ms / 1e3,
+        token_s=given.token_us / 1e6,
+        context_token_s=given.context_token_ns / 1e9,
+        draft_pass_s=given.draft_pass_ms / 1e3,
+        draft_token_s=given.draft_token_us / 1e6,
+        overhead_each_s=given.overhead_ms / 1e3,
         speculates=server.speculation is not None,
     )
-
-
-def _roofline(table: _RooflineTable, server: _ServerTable, where: str) -> StepCosts:
-    raise NotImplementedError
