@@ -34,10 +34,14 @@ STAGES: dict[str, dict[str, str]] = {
         "compare": "What did that change do: quantisation, version, flags?",
     },
     "Watch": {
+        "watch": "Is it still true in production?",
         "alerts": "Prometheus rules with this study's own thresholds.",
         "dashboard": "A Grafana dashboard with this study's figures as lines.",
     },
-    "Engine": {"engine": "The embedded vLLM: install it, find it, check it."},
+    "Engine": {
+        "engine": "The embedded vLLM: install it, find it, check it.",
+        "twin": "Servers with a known truth: rehearse a study without a GPU.",
+    },
 }
 
 
