@@ -13,7 +13,8 @@ from specwise.measurement.gpu import GpuSampler, is_here, visible_indices
 
 GIB = 2**30
 HERE = Arm("a", url="http://127.0.0.1:8000")
-STARTED = Arm("a", deployment=Deployment("m"))
+VENV = Deployment("m", engine="/venv/bin/python")
+STARTED = Arm("a", deployment=VENV)
 UUIDS = {0: "GPU-aa11", 1: "GPU-bb22", 2: "GPU-bb33"}
 
 
@@ -65,10 +66,11 @@ def test_what_a_gpu_does_not_say_is_none_and_the_rest_stays() -> None:
         (HERE, FakeNvml(), "NVML sees no GPU"),
         (replace(HERE, url="http://gpu7.example:8000"), FakeNvml(FakeGpu()), "not on this machine"),
         (
-            Arm("a", deployment=Deployment("m", environment={"CUDA_VISIBLE_DEVICES": ""})),
+            Arm("a", deployment=replace(VENV, environment={"CUDA_VISIBLE_DEVICES": ""})),
             FakeNvml(FakeGpu()),
             "no GPU that the server may use",
         ),
+        (Arm("a", deployment=Deployment("m")), FakeNvml(FakeGpu()), "computes on the CPU"),
     ],
 )
 def test_where_there_is_none_the_reason_is_said(arm: Arm, nvml: FakeNvml, reason: str) -> None:
@@ -99,7 +101,7 @@ def test_the_gpus_of_a_started_server_are_those_it_may_see(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nvml = FakeNvml(*(FakeGpu(uuid=uuid) for uuid in UUIDS.values()))
-    own = Deployment("m", environment={"CUDA_VISIBLE_DEVICES": "1,2"})
+    own = replace(VENV, environment={"CUDA_VISIBLE_DEVICES": "1,2"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert [s.index for s in sampled(Arm("a", deployment=own), nvml).series()] == [1, 2]
     assert [s.index for s in sampled(STARTED, nvml).series()] == [0]

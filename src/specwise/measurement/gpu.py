@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from specwise.domain import Arm, GpuSeries
+from specwise.vllm.server import EMBEDDED
 
 SAMPLE_PERIOD_S = 1.0
 
@@ -85,17 +86,18 @@ class GpuSampler:
 
     def series(self) -> tuple[GpuSeries, ...]:
         """What was sampled, a series for each GPU; empty where `note` says why."""
-        if not self._samples:
+        samples = list(self._samples)
+        if not samples:
             return ()
-        at_s = tuple(round(at, 3) for at, _ in self._samples)
+        at_s = tuple(round(at, 3) for at, _ in samples)
         return tuple(
             GpuSeries(
                 index=index,
                 name=name,
                 memory_total_bytes=total_bytes,
                 at_s=at_s,
-                memory_used_bytes=tuple(values[place][0] for _, values in self._samples),
-                utilisation=tuple(values[place][1] for _, values in self._samples),
+                memory_used_bytes=tuple(values[place][0] for _, values in samples),
+                utilisation=tuple(values[place][1] for _, values in samples),
             )
             for place, ((index, _), (name, total_bytes)) in enumerate(
                 zip(self._devices, self._identities, strict=True)
@@ -104,8 +106,8 @@ class GpuSampler:
 
     def _open(self) -> str:
         """Find the GPUs; the reason if there are none to sample."""
-        if not is_here(self._arm):
-            return "the server is not on this machine"
+        if reason := _out_of_reach(self._arm):
+            return reason
         if self._nvml is None:
             try:
                 import pynvml  # noqa: PLC0415 (only while measuring)
@@ -166,6 +168,15 @@ class GpuSampler:
         assert self._nvml is not None  # noqa: S101 - opened
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
+
+
+def _out_of_reach(arm: Arm) -> str:
+    """Why no GPU of this machine serves ``arm``; empty where one may."""
+    if not is_here(arm):
+        return "the server is not on this machine"
+    if arm.deployment is not None and arm.deployment.engine == EMBEDDED:
+        return "the embedded engine computes on the CPU"
+    return ""
 
 
 def is_here(arm: Arm) -> bool:
