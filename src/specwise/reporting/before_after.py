@@ -171,7 +171,7 @@ class _Printer:
         table.add_column("Points", no_wrap=True)
         table.add_column(f"Drop > {DROP * 100:.0f}?", no_wrap=True)
         table.add_column(units.pop().title() if len(units) == 1 else "n", justify="right")
-        table.add_column("Same output", no_wrap=True, justify="right")
+        table.add_column("Same out.", no_wrap=True, justify="right")
         for a in shown:
             direction = _DIRECTIONS[a.verdict]
             cells = [
