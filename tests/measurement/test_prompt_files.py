@@ -193,6 +193,18 @@ def test_a_vllm_log_that_was_cut_or_holds_no_prompts(tmp_path: Path) -> None:
         read_prompts(bare)
 
 
+def test_requests_of_a_log_that_are_not_text_are_left_out(tmp_path: Path) -> None:
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
+    bodies = [{"messages": [{"role": "user", "content": "hi"}]}, image, {"input": "embed me"}]
+    path = tmp_path / "server.log"
+    path.write_text("".join(f"DEBUG Request N/A JSON body: {json.dumps(b)}\n" for b in bodies))
+    source = read_prompts(path)
+    assert [p.messages for p in source.prompts] == [(("user", "hi"),)]
+    assert source.notes == (
+        "2 requests that are not text (images, tool calls, embeddings) were left out.",
+    )
+
+
 def test_plain_text_a_line_each_or_a_file_each(tmp_path: Path) -> None:
     lines = tmp_path / "p.txt"
     lines.write_text("one\n\n two\u2028still two \r\nthree", encoding="utf-8")

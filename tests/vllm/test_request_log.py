@@ -69,6 +69,18 @@ def test_requests_without_a_prompt_are_counted_not_returned() -> None:
     assert log.without_prompt == 2
 
 
+def test_embeddings_are_no_generations() -> None:
+    pooling = "params: PoolingParams(dimensions=None), lora_request: None."
+    log = RequestLog(
+        lambda: (
+            f"INFO Received request embd-1: prompt: 'text', {pooling}",
+            "DEBUG Request embd-2 details: prompt: 'text', prompt_token_ids: [1].",
+            f"INFO Received request embd-2: {pooling}",
+        )
+    )
+    assert (list(log.requests()), log.without_prompt) == ([], 0)
+
+
 def test_whole_json_bodies_win_over_the_rendered_prompt() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi {x}"}], "temperature": 0.3}
     log = RequestLog(

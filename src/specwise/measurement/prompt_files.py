@@ -50,7 +50,7 @@ FORMATS = (
 
 _PIECE_CHARS = 1 << 20
 _LARGEST_ELEMENT_CHARS = 1 << 26
-_SNIFFED_LINES = 2000
+_SNIFFED_LINES = 20_000  # a server at DEBUG prints much before its first request
 # What SPEED-Bench on the hub has in place of texts that its licence keeps elsewhere.
 _SPEED_BENCH_PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
 # Of a request's body: sent, or without effect on what is generated.
@@ -462,7 +462,12 @@ class _Reading:
     def _logged(self) -> Iterator[Prompt]:
         log = RequestLog(lambda: _lines(self.path))
         for number, request in enumerate(log.requests(), start=1):
-            yield _logged_prompt(request, f"{self.path} request {number}", number)
+            try:
+                prompt = _logged_prompt(request, f"{self.path} request {number}", number)
+            except PromptError:  # production's log has what it has: leave it out, and say so
+                self.skipped["requests that are not text (images, tool calls, embeddings)"] += 1
+                continue
+            yield prompt
         self.skipped["requests without their prompt"] = log.without_prompt
         self.skipped["requests cut by --max-log-len"] = log.cut
 

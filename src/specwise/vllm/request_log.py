@@ -27,6 +27,7 @@ _DETAILS = re.compile(r"Request (\S+) details: (?=prompt: )")
 _BODY = re.compile(r"Request (\S+) JSON body: (\{.*)")
 _PROMPT = re.compile(r"prompt: ('[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\")")
 _PARAM = re.compile(r"\b(temperature|top_p|max_tokens)=([-+.\deE]+)")
+_POOLING = "params: PoolingParams("
 _MARKS = ("Received request ", " details: prompt: ", " JSON body: {")
 
 
@@ -86,6 +87,8 @@ class RequestLog:
                 continue
             prompt, end = _prompt(line, received.end())
             prompt = waiting.pop(received[1], prompt)
+            if _POOLING in line[end : end + 40]:
+                continue  # an embedding or a score, not a generation
             if prompt is None:
                 self.without_prompt += 1
             else:
