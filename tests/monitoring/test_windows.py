@@ -53,7 +53,7 @@ def test_a_window_holds_only_what_happened_in_it() -> None:
 
 
 def test_a_restart_gives_no_rate_and_the_next_window_is_whole_again() -> None:
-    replica = Replica("u")
+    replica = Replica()
     readings = [counters(1000, 800), counters(100, 50), counters(200, 150)]
     found = [replica.read(reading(60.0 * n, text)) for n, text in enumerate(readings)]
     assert [w.state for w in found] == [State.FIRST, State.RESTARTED, State.OK]
@@ -61,7 +61,7 @@ def test_a_restart_gives_no_rate_and_the_next_window_is_whole_again() -> None:
 
 
 def test_a_window_spans_an_outage() -> None:
-    replica = Replica("u")
+    replica = Replica()
     replica.read(reading(0, counters(1000, 800)))
     assert replica.read(reading(60, None)).state is State.UNREACHABLE
     found = replica.read(reading(120, counters(2000, 1300)))
@@ -110,7 +110,7 @@ def test_a_first_reading_already_shows_the_gauges() -> None:
 
 
 def test_snapshots_are_kept_out_of_what_a_replica_forgets() -> None:
-    replica = Replica("u")
+    replica = Replica()
     replica.read(reading(0, counters(1000, 800)))
     replica.read(reading(60, "up 1\n"))
     assert replica.last is not None

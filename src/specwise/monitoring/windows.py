@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from specwise.vllm.metrics import Delta, Histogram, Snapshot, difference
@@ -113,6 +113,8 @@ def window(before: Reading | None, after: Reading) -> Window:
     if before is None or before.snapshot is None:
         return gauges.window(State.FIRST, after.at_s, 0.0, Delta(), 0.0)
     duration_s = after.monotonic_s - before.monotonic_s
+    if duration_s <= 0:  # a reading kept from before the machine was started anew
+        duration_s = after.at_s - before.at_s
     moved_s = (after.at_s - before.at_s) - duration_s
     jump_s = moved_s if abs(moved_s) > _JUMP_S else 0.0
     delta = difference(before.snapshot, snapshot)
@@ -188,18 +190,15 @@ def quantile(histogram: Histogram, share: float) -> float:
     return math.nan
 
 
-@dataclass(slots=True)
 class Replica:
     """Follows one server: keeps the last good reading, so that a window spans an outage."""
 
-    url: str
-    last: Reading | None = None
-    windows: int = field(default=0)
+    def __init__(self, last: Reading | None = None) -> None:
+        self.last = last
 
     def read(self, reading: Reading) -> Window:
         """The window that ends with ``reading``."""
         found = window(self.last, reading)
         if found.state not in (State.UNREACHABLE, State.NOT_VLLM):
             self.last = reading
-            self.windows += found.state is State.OK
         return found
