@@ -35,6 +35,7 @@ from specwise.domain import (
     Speculation,
     StudyData,
 )
+from specwise.errors import InputError
 
 ARMS = (
     Arm("baseline", url="http://a"),
@@ -244,6 +245,29 @@ def test_prompts_that_are_not_shared_are_not_paired() -> None:
         for c in (change, paired)
     ]
     assert widths[0] == pytest.approx(widths[1], rel=0.3)  # the synthetic arms share no difficulty
+
+
+def test_a_segment_without_figures_in_both_is_named() -> None:
+    after = study("b", seed=2, requests=20)
+    silent = tuple(
+        replace(
+            t,
+            records=tuple(
+                replace(r, acceptance=None) if r.segment == "copy" else r for r in t.records
+            ),
+        )
+        for t in after.trials
+    )
+    change = compare_studies(study("a", seed=1, requests=20), replace(after, trials=silent))
+    assert by_segment(change).keys() == {"json", "prose"}
+    assert any("for copy" in words for words in change.cautions)
+
+
+def test_studies_without_any_figures_are_one_clear_error() -> None:
+    after = study("b", seed=2, requests=4)
+    unfinished = tuple(replace(t, complete=False) for t in after.trials)
+    with pytest.raises(InputError, match="acceptance figures in both"):
+        compare_studies(study("a", seed=1, requests=4), replace(after, trials=unfinished))
 
 
 def test_greedy_outputs_are_counted_as_same_or_not() -> None:

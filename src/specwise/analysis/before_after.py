@@ -9,7 +9,7 @@ study's own baseline is free of drift.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -178,8 +178,22 @@ def compare_studies(before: StudyData, after: StudyData, *, seed: int = 0) -> Be
         effects=effects,
         speedups=_speedup_changes(before, after, arms, held, seed=seed),
         controls=controls,
-        cautions=tuple(_cautions(before, after, differences, effects, controls)),
+        cautions=(
+            *_cautions(before, after, differences, effects, controls),
+            *_left_out(segments, acceptance),
+        ),
     )
+
+
+def _left_out(segments: Sequence[str], acceptance: Sequence[AcceptanceChange]) -> Iterator[str]:
+    """Segments that had figures in one study only, if others had them in both."""
+    by_prompt = {a.segment for a in acceptance if a.unit == "prompts"}
+    missing = [s for s in segments if by_prompt and s not in by_prompt]
+    if missing:
+        yield (
+            f"No acceptance figures in both studies for {', '.join(missing)}: nothing is said "
+            "about it."
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -385,6 +399,8 @@ def _prompt_counts(
         before = found.get(record.prompt_id, (0.0, 0.0))
         cut = -1 if speculation.schedule else drafted_to  # a schedule's own count has many lengths
         accepted, drafted = at_draft_length(counts, cut, k)
+        if not drafted:
+            continue
         found[record.prompt_id] = before[0] + accepted, before[1] + drafted
     return found
 
