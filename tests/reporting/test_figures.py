@@ -17,7 +17,7 @@ from specwise.reporting import wording
 from specwise.reporting.figures import (
     LatencySample,
     _decades,
-    _ratio_ticks,
+    ratio_ticks,
     _tail_curve,
     arm_styles,
     latency_chart,
@@ -104,7 +104,7 @@ def test_time_axes_have_few_labels(low: float, factor: float) -> None:
 
 @given(st.floats(0.05, 0.8), st.floats(1.25, 12))
 def test_ratio_axes_always_show_one(low: float, high: float) -> None:
-    ticks = _ratio_ticks(low, high)
+    ticks = ratio_ticks(low, high)
     assert 1 in ticks
     assert len(ticks) <= 14
     assert ticks == sorted(ticks)

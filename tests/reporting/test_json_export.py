@@ -20,7 +20,8 @@ def test_top_level_keys_are_a_promise() -> None:
     found = assessment_to_dict(samples.assessment())
     assert list(found) == [
         "schema_version", "predicted", "provenance", "design", "verdict", "conditions", "effects",
-        "noise_floors", "signatures", "crossovers", "summaries", "acceptance", "warnings", "trials",
+        "noise_floors", "signatures", "crossovers", "summaries", "acceptance",
+        "experiment", "warnings", "trials",
     ]  # fmt: skip
     assert found["schema_version"] == 1
     assert found["verdict"]["decision"] == "off"

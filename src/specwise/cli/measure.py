@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,19 @@ from pathlib import Path
 
 import click
 
-from specwise.domain import LoadPoint, Loop, MeasuredTrial, Outcome, Purpose, StudyDesign, Trial
+from specwise.domain import (
+    Deployment,
+    LoadPoint,
+    Loop,
+    MeasuredTrial,
+    Outcome,
+    Purpose,
+    StudyDesign,
+    Trial,
+)
 from specwise.errors import InputError, StoppedError
 from specwise.measurement.design import bundled_study, read_study_file
+from specwise.measurement.experiments import EXPERIMENTS
 from specwise.measurement.prompts import check_prompts
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder
@@ -27,6 +38,15 @@ from specwise.measurement.study import Listener, Progress, conduct
 @click.option(
     "--resume", type=click.Path(path_type=Path), help="Go on with an unfinished study folder."
 )
+@click.option(
+    "--experiment",
+    type=click.Choice(EXPERIMENTS),
+    help="Measure STUDY's arms and prompts as this experiment; see docs/how-to/experiments.md.",
+)
+@click.option(
+    "--temperatures",
+    help="Of the temperature experiment, separated by commas [0,0.4,0.8,1].",
+)
 @click.option("--plan", is_flag=True, help="Print the trials that would run, and stop.")
 @click.option("--example", is_flag=True, help="Print a study file to start from, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -35,6 +55,8 @@ def measure(
     study: Path | None,
     out: Path | None,
     resume: Path | None,
+    experiment: str | None,
+    temperatures: str | None,
     plan: bool,
     example: bool,
     as_json: bool,
@@ -44,19 +66,29 @@ def measure(
     Interrupting is safe: each request is stored as it ends, and --resume goes on.
     """
     if example:
-        click.echo(bundled_study("example"), nl=False)
+        click.echo(bundled_study(experiment or "example"), nl=False)
         return
     if (study is None) == (resume is None):
         raise InputError(
             "Give a study file, or --resume with an unfinished study folder.",
             "`specwise measure --example` prints a study file to start from.",
         )
+    if resume is not None and (experiment or temperatures):
+        raise InputError(
+            "--experiment and --temperatures make a new study; --resume goes on with one.",
+            "Leave them out: the folder knows what it is.",
+        )
     if resume is not None:
         folder = StudyFolder.open(resume)
         base = Path(folder.provenance.get("base", "."))
     else:
         assert study is not None  # noqa: S101 - checked above
-        design, text = read_study_file(study)
+        design, text = read_study_file(
+            study,
+            experiment=experiment,
+            temperatures=_temperatures(temperatures),
+            version_of=engine_version,
+        )
         if plan:
             _print_plan(design)
             return
@@ -67,7 +99,10 @@ def measure(
     if as_json:
         click.echo(_result_json(folder))
     else:
-        click.echo(f"\nMeasured into {folder.path}\nNext: specwise decide {folder.path}")
+        click.echo(f"\nMeasured into {folder.path}")
+        if folder.design.experiment:
+            _print_experiment(folder)
+        click.echo(f"Next: specwise decide {folder.path}")
 
 
 def open_folder(path: Path, design: StudyDesign, text: str) -> StudyFolder:
@@ -85,8 +120,11 @@ def open_folder(path: Path, design: StudyDesign, text: str) -> StudyFolder:
 
 def run(folder: StudyFolder, base: Path, *, quiet: bool = False) -> None:
     """Conduct the study with progress on the terminal; Ctrl-C stops it cleanly."""
+    from specwise.analysis.ladder import trials_to_skip  # noqa: PLC0415 - scipy loads here
+
+    skip = trials_to_skip if folder.design.experiment == "ladder" else None
     with interruptible() as stop:
-        conduct(folder, base=base, listener=_listener(quiet), stop=stop)
+        conduct(folder, base=base, listener=_listener(quiet), stop=stop, skip=skip)
 
 
 @contextmanager
@@ -107,6 +145,39 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _temperatures(text: str | None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in (text or "").split(",") if word.strip())
+    except ValueError:
+        values = (math.nan,)
+    if not all(0 <= value <= 2 for value in values):
+        raise InputError(
+            f"--temperatures {text!r} are not temperatures.",
+            "Give numbers from 0 to 2, separated by commas: --temperatures 0,0.4,0.8,1.0",
+        )
+    return values
+
+
+def engine_version(deployment: Deployment) -> str | None:
+    """The vLLM that a deployment will run, None if its engine does not say."""
+    from specwise.vllm.engine import embedded_version  # noqa: PLC0415
+    from specwise.vllm.server import EMBEDDED, installed_version  # noqa: PLC0415
+
+    if deployment.engine == EMBEDDED:
+        return embedded_version()
+    return installed_version(deployment.engine)
+
+
+def _print_experiment(folder: StudyFolder) -> None:
+    from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
+    from specwise.reporting.console import print_experiment  # noqa: PLC0415
+
+    experiment = assess(folder.read()).experiment
+    if experiment is not None:
+        print_experiment(experiment)
+        click.echo()
 
 
 def _default_folder(design: StudyDesign) -> Path:

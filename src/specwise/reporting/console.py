@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from specwise.analysis.comparison import Effect
+from specwise.analysis.experiment import Experiment
 from specwise.decision.assessment import Assessment
 from specwise.decision.schedule import ScheduleProposal
 from specwise.decision.verdict import SegmentVerdict
 from specwise.domain import AcceptanceSource, LoadPoint
+from specwise.reporting.experiment_sheets import Sheet, findings_of
 from specwise.reporting.wording import (
     DECISION_MARKS,
     DECISION_WORDS,
@@ -44,7 +46,7 @@ _COLOURS: Final[Mapping[str, str]] = {
     "undecided": "dim",
 }
 _ASCII: Final = str.maketrans(
-    {"▲": "+", "▼": "-", "○": "~", "–": "-", "›": ">", "…": "...", "’": "'", "≤": "<=",
+    {"±": "+-", "▲": "+", "▼": "-", "○": "~", "–": "-", "›": ">", "…": "...", "’": "'", "≤": "<=",
      "≥": ">=", "∞": "inf"}
 )  # fmt: skip
 _MOST_ROWS: Final = 18  # a longer table is not read in ten seconds: the report has the rest
@@ -66,6 +68,38 @@ def print_assessment(
     ``report`` is the page's path, named last.
     """
     _Printer(console or Console(), assessment).print_all(report)
+
+
+def print_experiment(experiment: Experiment, console: Console | None = None) -> None:
+    """Print what ``experiment`` found to ``console``, else to standard output."""
+    console = console or Console()
+    found = findings_of(experiment)
+    console.print()
+    _print_indented(console, console_text(console, found.title, "bold"))
+    for sentence in found.sentences:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(console_text(console, "–"), console_text(console, sentence))
+        _print_indented(console, grid)
+    for sheet in found.sheets:
+        console.print()
+        _print_indented(console, console_text(console, sheet.title, "bold"))
+        _print_indented(console, _sheet_table(console, sheet), 1)
+
+
+def _print_indented(console: Console, body: RenderableType, indent: int = 2) -> None:
+    console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
+
+
+def _sheet_table(console: Console, sheet: Sheet) -> Table:
+    table = ruled_table(console)
+    for column, numeric in zip(sheet.columns, sheet.numeric, strict=True):
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    previous = ""
+    for row in sheet.rows:
+        first = "" if row[0] == previous and not sheet.numeric[0] else row[0]
+        table.add_row(*(console_text(console, cell) for cell in (first, *row[1:])))
+        previous = row[0]
+    return table
 
 
 def console_text(console: Console, words: str, style: str = "") -> Text:
@@ -99,6 +133,8 @@ class _Printer:
         self.print_verdict()
         self.print_warnings()
         self.print_speedups()
+        if self.assessment.experiment is not None:
+            print_experiment(self.assessment.experiment, self.console)
         self.print_next()
         if report is not None:
             self.console.print()

@@ -86,7 +86,7 @@ def speedup_chart(
     cells = _cells(effects)
     if not cells:
         return None
-    low, high = _ratio_range(effects)
+    low, high = ratio_range(effects)
 
     def draw(width: int) -> Figure:
         columns = 1 if width == NARROW_PX else (3 if len(cells) in (3, 5, 6, 9) else 4)
@@ -96,7 +96,7 @@ def speedup_chart(
         for axis, cell in zip(axes, cells, strict=True):
             own = [e for e in effects if (e.workload, e.segment, e.load.loop) == cell]
             crossing = [c for c in crossovers if (c.workload, c.segment, c.loop) == cell]
-            _speedup_panel(
+            speedup_panel(
                 axis,
                 effects=own,
                 crossovers=crossing,
@@ -104,7 +104,7 @@ def speedup_chart(
                 production=production,
                 limits=(low, high),
             )
-            _title(axis, cell_name(*cell[:2]))
+            panel_title(axis, cell_name(*cell[:2]))
         return figure
 
     summary = "; ".join(
@@ -116,7 +116,8 @@ def speedup_chart(
     return draw_chart("speedup", "Speedup against load", summary, draw, predicted=predicted)
 
 
-def _title(axis: Axes, name: str) -> None:
+def panel_title(axis: Axes, name: str) -> None:
+    """The name above a panel, shortened to its width."""
     width_px = axis.get_window_extent().width
     axis.set_title(fitted(name, width_px, bold=True), pad=10, fontweight="bold")
 
@@ -125,7 +126,7 @@ def _cells(effects: Iterable[Effect]) -> list[tuple[str, str | None, Loop]]:
     return list(dict.fromkeys((e.workload, e.segment, e.load.loop) for e in effects))
 
 
-def _ratio_range(effects: Iterable[Effect]) -> tuple[float, float]:
+def ratio_range(effects: Iterable[Effect]) -> tuple[float, float]:
     """Axis limits that hold every ratio, and intervals as far as they stay readable."""
     ratios = [e.ratio for e in effects if math.isfinite(e.ratio) and e.ratio > 0] or [1.0]
     lows = [e.low for e in effects if math.isfinite(e.low) and e.low > 0]
@@ -135,7 +136,7 @@ def _ratio_range(effects: Iterable[Effect]) -> tuple[float, float]:
     return low / 1.08, high * 1.08
 
 
-def _speedup_panel(
+def speedup_panel(
     axis: Axes,
     *,
     effects: Sequence[Effect],
@@ -144,6 +145,7 @@ def _speedup_panel(
     production: LoadPoint,
     limits: tuple[float, float],
 ) -> None:
+    """One cell's ratios against load with their intervals; the side that loses is shaded."""
     loads = sorted({e.load.value for e in effects})
     loop = effects[0].load.loop
     _ratio_axis(axis, limits)
@@ -164,7 +166,7 @@ def _speedup_panel(
             xs, [e.low for e in own], [e.high for e in own], color=style.colour, linewidth=1.6
         )
         for x, effect in zip(xs, own, strict=True):
-            _effect_marker(axis, x, effect.ratio, effect, style)
+            effect_marker(axis, x, effect.ratio, effect, style)
         for crossing in (c for c in crossovers if c.arm == arm):
             if crossing.outcome == "crosses" and crossing.load_value is not None:
                 axis.plot(
@@ -173,7 +175,8 @@ def _speedup_panel(
                 )  # fmt: skip
 
 
-def _effect_marker(axis: Axes, x: float, y: float, effect: Effect, style: ArmStyle) -> None:
+def effect_marker(axis: Axes, x: float, y: float, effect: Effect, style: ArmStyle) -> None:
+    """An arm's mark, hollow where the effect is undecided."""
     axis.plot(
         [x],
         [y],
@@ -196,13 +199,13 @@ def _spread(loads: Sequence[float], place: int, count: int) -> float:
 def _ratio_axis(axis: Axes, limits: tuple[float, float]) -> None:
     axis.set_yscale("log")
     axis.set_ylim(*limits)
-    ticks = _ratio_ticks(*limits)
+    ticks = ratio_ticks(*limits)
     axis.yaxis.set_major_locator(FixedLocator(ticks))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_yticklabels([f"{t:g}x" for t in ticks])
 
 
-def _ratio_ticks(low: float, high: float) -> list[float]:
+def ratio_ticks(low: float, high: float) -> list[float]:
     """Round ratios between ``low`` and ``high``: the finest steps that leave at most seven."""
     for steps in _RATIO_TICKS:
         ticks = [t for t in steps if low <= t <= high]
@@ -271,7 +274,7 @@ def latency_chart(
             for sample in group:
                 _tail_curve(axis, sample, styles[sample.arm])
             _time_axis(axis, np.concatenate([s.values_s for s in group]), limits_s.get(metric))
-            _title(axis, metric)
+            panel_title(axis, metric)
         return figure
 
     summary = "; ".join(
@@ -386,7 +389,7 @@ def acceptance_chart(
     names = [cell_name(*label) for label in labels]
 
     def draw(width: int) -> Figure:
-        return _row_chart(
+        return row_chart(
             names,
             width=width,
             marks=lambda axis, y_of: _acceptance_marks(axis, rows, labels, styles, y_of),
@@ -399,7 +402,7 @@ def acceptance_chart(
     return draw_chart("acceptance", "Acceptance by segment", summary, draw, predicted=predicted)
 
 
-def _row_chart(
+def row_chart(
     names: Sequence[str],
     *,
     width: int,
@@ -504,7 +507,7 @@ def position_chart(
             step = max(1, longest // 5)
             axis.xaxis.set_major_locator(FixedLocator(list(range(1, longest + 1, step))))
             axis.set_xlabel("draft position")
-            _title(axis, cell_name(*label))
+            panel_title(axis, cell_name(*label))
         return figure
 
     summary = "; ".join(
@@ -533,12 +536,12 @@ def aggregate_chart(
         return None
     order: list[str | None] = [None, *segments]
     names = ["All requests together", *segments]
-    low, high = _ratio_range(effects)
+    low, high = ratio_range(effects)
 
     def marks(axis: Axes, y_of: Callable[[int, str], float]) -> None:
         axis.set_xscale("log")
         axis.set_xlim(low, high)
-        ticks = _ratio_ticks(low, high)
+        ticks = ratio_ticks(low, high)
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels([f"{t:g}x" for t in ticks])
@@ -549,11 +552,11 @@ def aggregate_chart(
             style = styles[effect.arm]
             y = y_of(order.index(effect.segment), effect.arm)
             axis.hlines(y, effect.low, effect.high, color=style.colour, linewidth=2)
-            _effect_marker(axis, effect.ratio, y, effect, style)
+            effect_marker(axis, effect.ratio, y, effect, style)
 
     def draw(width: int) -> Figure:
         arms = [arm for arm in styles if any(e.arm == arm for e in effects)]
-        return _row_chart(names, width=width, arms=arms, marks=marks)
+        return row_chart(names, width=width, arms=arms, marks=marks)
 
     summary = "; ".join(
         f"{e.segment or 'all requests'}, {e.arm}: {ratio(e.ratio)} {interval(e.low, e.high)}"

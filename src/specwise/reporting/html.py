@@ -25,6 +25,7 @@ from specwise.decision.assessment import Assessment
 from specwise.decision.conditions import Condition
 from specwise.domain import AcceptanceSource, LoadPoint, MeasuredTrial, Outcome, Purpose
 from specwise.reporting import wording
+from specwise.reporting.experiments import experiment_page
 from specwise.reporting.export import whole_file
 from specwise.reporting.figures import (
     ArmStyle,
@@ -85,6 +86,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
     load = design.production_load
     links = {m.trial.trial_id: _raw_link(m, Path(study.folder), beside) for m in study.trials}
     shown_acceptance = _acceptance_at(assessment.acceptance, load)
+    page = experiment_page(assessment.experiment, styles, load, predicted=study.predicted)
     return page_template("report.html").render(
         w=wording,
         study=study,
@@ -94,6 +96,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
         styles=styles,
         candidates=[arm for arm in design.arms if not arm.is_baseline],
         baseline=next((arm for arm in design.arms if arm.is_baseline), None),
+        experiment=page,
         deciding=_deciding_effects(assessment),
         production=_production_rows(assessment),
         notes=_production_notes(assessment),
@@ -127,7 +130,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
         condition_groups=_condition_groups(assessment, links),
         summaries=[s for s in assessment.summaries if s.purpose is Purpose.MEASURE],
         trials=[_trial_row(m, links[m.trial.trial_id]) for m in study.trials],
-        planned=len(design.trials),
+        planned=len(design.trials) - len(study.skipped),
         provenance=_flat(assessment_to_dict(assessment)["provenance"]),
         setup=_setup_rows(assessment),
         server=server_section(assessment),

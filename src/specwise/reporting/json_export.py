@@ -16,6 +16,7 @@ import orjson
 from specwise.analysis.comparison import Effect
 from specwise.decision.assessment import Assessment
 from specwise.domain import Arm, LoadPoint, MeasuredTrial, Outcome, StudyDesign
+from specwise.reporting.experiment_sheets import findings_of
 from specwise.reporting.export import whole_file
 
 SCHEMA_VERSION: Final = 1
@@ -44,8 +45,21 @@ def assessment_to_dict(assessment: Assessment) -> dict[str, Any]:
         "crossovers": json_types(assessment.crossovers),
         "summaries": json_types(assessment.summaries),
         "acceptance": json_types(assessment.acceptance),
+        "experiment": _experiment(assessment),
         "warnings": list(assessment.warnings),
         "trials": [_trial(measured) for measured in study.trials],
+    }
+
+
+def _experiment(assessment: Assessment) -> dict[str, Any] | None:
+    """The experiment's name, its answer in sentences, its result, and what was not run, and why."""
+    if assessment.experiment is None:
+        return None
+    return {
+        "name": assessment.study.design.experiment,
+        "sentences": list(findings_of(assessment.experiment).sentences),
+        "result": json_types(assessment.experiment),
+        "skipped_trials": dict(assessment.study.skipped),
     }
 
 
