@@ -54,7 +54,7 @@ class SamplingVllm(FakeVllm):
         prompt = body["messages"] if chat else body["prompt"]
         ids = prompt if isinstance(prompt, list) and not chat else [self._id_of(prompt), 1]
         choices = []
-        for index in range(body.get("n", 1)):
+        for index in range(1 if "n" in self.silent else body.get("n", 1)):
             seed = body.get("seed")
             self.seen_seeds += [] if seed is None else [seed + index]
             rng = np.random.default_rng(None if seed is None else [seed + index, self.seed])

@@ -189,6 +189,7 @@ def test_informative_prompts_are_sampled() -> None:
         ({"silent": ("return_token_ids",)}, "does not return token ids"),
         ({"fail_status": 500}, "HTTP 500: broken"),
         ({"refuses": ("n",)}, "HTTP 400: no n here"),
+        ({"silent": ("n",)}, "gave 1 of 16 outputs"),
     ],
 )
 def test_servers_that_cannot_be_compared_are_named(settings: dict[str, Any], message: str) -> None:

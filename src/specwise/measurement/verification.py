@@ -351,8 +351,14 @@ class _Asker:
         ]
         drawn: dict[str, list[tuple[int, ...]]] = {prompt.prompt_id: [] for prompt in prompts}
         answers = self._post_all(bodies, workers=plan.concurrency // at_once)
-        for (prompt, _), answer in zip(turns, answers, strict=True):
-            drawn[prompt.prompt_id] += [output.tokens for output in self._outputs(answer)]
+        for (prompt, size), answer in zip(turns, answers, strict=True):
+            outputs = self._outputs(answer)
+            if len(outputs) != size:
+                raise ServerError(
+                    f"{self._target.url} gave {len(outputs)} of {size} outputs asked for with n.",
+                    "Use --concurrency 1, which asks for one at a time.",
+                )
+            drawn[prompt.prompt_id] += [output.tokens for output in outputs]
         return {name: tuple(outputs) for name, outputs in drawn.items()}
 
     def _body(
