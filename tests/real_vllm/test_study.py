@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from specwise.analysis.latency import summarise
 from specwise.cli.main import main
 from specwise.domain import AcceptanceSource, Outcome
 from specwise.measurement.store import read_study
@@ -83,6 +84,13 @@ def test_measure_decide_report(
         }
 
     assert outputs("baseline") == outputs("draft_model")
+
+    # What the server says of itself stands beside the latencies, for every arm (req: G4).
+    for summary in summarise(study):
+        if summary.segment is None:
+            assert summary.queue_mean_s is not None
+            assert (summary.preemptions, summary.prefix_hit_rate) == (0, 0)
+            assert summary.gpus or summary.gpu_note
 
     arms = study.provenance["arms"]
     assert arms["baseline"]["vllm"] == arms["draft_model"]["vllm"]
