@@ -1,10 +1,10 @@
 """Studies simulated as columns, thousands of them, with every ratio between the arms known.
 
-A request's time is prompt x arm x trial x its own noise. The prompt is shared by the arms; the arm's
-effect differs a little from prompt to prompt; a trial runs fast or slow as a whole, now and then
-much slower (Student t with 5 degrees of freedom); a request's own noise is lognormal with a heavy
-tail: a few stall for a Pareto-distributed multiple of their time. Closed-loop clients take the next
-request when theirs ends, so rates have the edges that real trials have.
+A request's time is prompt x arm x trial x its own noise. The prompt is shared by the arms; the
+arm's effect differs a little from prompt to prompt; a trial runs fast or slow as a whole, now and
+then much slower (Student t with 5 degrees of freedom); a request's own noise is lognormal with a
+heavy tail: a few stall for a Pareto-distributed multiple of their time. Closed-loop clients take
+the next request when theirs ends, so rates have the edges that real trials have.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class World:
     """What studies are made from. ``gain[arm][segment]`` is log(speedup of TPOT) by load.
 
     ``ttft_ratio`` is candidate / baseline. The noises are standard deviations of logs; a request
-    stalls with probability ``stall_share`` and then takes 1 + Pareto(``stall_shape``) times as long.
+    stalls with probability ``stall_share`` and then takes 1 + Pareto(``stall_shape``) times as
+    long. ``ttft_share`` scales TTFT, 0 for studies in which only decoding takes time.
     """
 
     gain: Mapping[str, Mapping[str, Mapping[float, float]]]
@@ -57,6 +58,7 @@ class World:
     noise_floor: bool = True
     pure: bool = True
     ttft_ratio: Mapping[str, float] = field(default_factory=dict)
+    ttft_share: float = 1.0
     trial_sd: float = 0.03
     prompt_sd: float = 0.25
     reaction_sd: float = 0.05
@@ -153,13 +155,13 @@ def _pace(world: World, rng: np.random.Generator) -> float:
 
 def _times(
     world: World,
-    arm: str,
-    load: float,
+    served: tuple[str, float],
     prompts: _Prompts,
     paces: tuple[Floats | float, Floats | float],
     rng: np.random.Generator,
 ) -> tuple[Floats, Floats]:
-    """TTFT and TPOT of each request."""
+    """TTFT and TPOT of each request, ``served`` by (arm, load)."""
+    arm, load = served
     n = len(prompts.tokens)
     gains = world.gain.get(arm, {})
     gain = np.zeros(n)
@@ -168,7 +170,8 @@ def _times(
     spread = world.reaction_sd
     reaction = rng.normal(-(spread**2) / 2, spread, n) if gains else 0.0
     tpot = _TPOT_S * np.exp(prompts.hardness - gain + reaction) * paces[0]
-    ttft = _TTFT_S * world.ttft_ratio.get(arm, 1.0) * np.exp(prompts.prefill) * paces[1]
+    ratio = world.ttft_share * world.ttft_ratio.get(arm, 1.0)
+    ttft = _TTFT_S * ratio * np.exp(prompts.prefill) * paces[1]
     return (
         ttft * _own_noise(world, n, rng, 2 * world.request_sd),
         tpot * _own_noise(world, n, rng, world.request_sd),
@@ -179,7 +182,7 @@ def _trial(world: World, trial: Trial, prompts: _Prompts, rng: np.random.Generat
     n = world.requests
     pace = _pace(world, rng)
     paces = (pace, pace * float(np.exp(rng.normal(0.0, world.trial_sd / 2))))
-    ttft, tpot = _times(world, trial.arm, trial.load.value, prompts, paces, rng)
+    ttft, tpot = _times(world, (trial.arm, trial.load.value), prompts, paces, rng)
     decode = tpot * (prompts.tokens - 1)
     e2e = ttft + decode
     free = [0.0] * int(trial.load.value)
@@ -237,7 +240,7 @@ def true_ratios(world: World, arm: str, load: float) -> Mapping[tuple[str, str, 
         own = np.random.default_rng(12)  # the arms share their draws, so that only truth differs
         scale = np.exp(world.trial_sd * own.standard_t(5, n) / np.sqrt(5 / 3))
         paces = (scale, scale * np.exp(own.normal(0.0, world.trial_sd / 2, n)))
-        ttft, tpot = _times(world, name, load, prompts, paces, own)
+        ttft, tpot = _times(world, (name, load), prompts, paces, own)
         columns[name] = {"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (prompts.tokens - 1)}
     found: dict[tuple[str, str, str | None], float] = {}
     everywhere = np.ones(n, dtype=np.bool_)

@@ -219,8 +219,9 @@ class TestSlo:
         assert self.verdict("tpot").decision is Decision.ON
 
     def test_ttft_bound_needs_a_better_ttft(self) -> None:
-        assert self.verdict("ttft", ttft_p50=0.8).decision is Decision.OFF
-        assert self.verdict("ttft", ttft_p50=1.0).decision is Decision.MEASURE_MORE
+        assert self.verdict("ttft", ttft_p99=0.8).decision is Decision.OFF
+        assert self.verdict("ttft", ttft_p99=1.0).decision is Decision.MEASURE_MORE
+        assert self.verdict("ttft", ttft_p99=1.3).decision is Decision.MEASURE_MORE  # segments?
 
     def test_throughput_bound_needs_more_tokens_per_second(self) -> None:
         worse = self.verdict("throughput", output_tokens_per_s=0.9)

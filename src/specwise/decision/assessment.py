@@ -11,6 +11,7 @@ from specwise.analysis.crossover import Crossover, find_crossovers
 from specwise.analysis.experiment import Experiment, experiment_of
 from specwise.analysis.latency import ServingSummary, summarise
 from specwise.decision.conditions import Condition, check_conditions
+from specwise.decision.evidence import Evidence
 from specwise.decision.findings import Findings, counted, limited_trials, listed
 from specwise.decision.verdict import Verdict, decide
 from specwise.domain import Outcome, StudyData
@@ -38,10 +39,11 @@ class Assessment:
     experiment: Experiment | None = None
 
 
-def assess(study: StudyData, *, seed: int = 0) -> Assessment:
+def assess(study: StudyData, evidence: Evidence | None = None, *, seed: int = 0) -> Assessment:
     """Everything that can be said about ``study``. Pure; the same study and seed, the same answer.
 
-    A study that is not finished, even an empty one, can be assessed: what is missing makes the
+    ``evidence`` is what `gather_evidence` knows beside the measurement. A study that is not
+    finished, even an empty one, can be assessed: what is missing makes the
     verdict measure-more.
     """
     measured = cells(study)
@@ -55,7 +57,7 @@ def assess(study: StudyData, *, seed: int = 0) -> Assessment:
         signatures=comparison.signatures,
         crossovers=find_crossovers(comparison.effects, seed=seed),
     )
-    conditions = check_conditions(findings, measured)
+    conditions = check_conditions(findings, measured, evidence)
     return Assessment(
         study=study,
         summaries=findings.summaries,

@@ -36,12 +36,13 @@ class Judgement:
     """What the deciding effects of one arm in one place at one load add up to.
 
     ``effect`` is the one that decided. ``harmless`` says that no deciding effect leaves room for
-    a loss of more than 5 %.
+    a loss of more than 5 %. ``missing`` names the foremost metric where it has no interval.
     """
 
     direction: Direction
     effect: Effect
     harmless: bool
+    missing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +164,23 @@ class Findings:
     ) -> Judgement | None:
         """What the SLO's deciding effects say; None where they were not measured.
 
-        Worse if any of them is worse; better if the first is better and none is worse.
+        Worse if any of them is worse; better if the first is better and none is worse. The others
+        share the error that ``confidence`` leaves (Bonferroni). The first must have an interval to
+        be better: a P99 of too few requests leaves the place undecided.
         """
         held = [self.effect(m, arm, place, load) for m in deciding_metrics(self.design, place)]
         effects = [e for e in held if e is not None and math.isfinite(e.se_log)]
-        if not effects or held[0] is None:
+        first = held[0]
+        if not effects or first is None:
             return None
-        sides = [_direction(e, confidence) for e in effects]
+        shared = 1 - (1 - confidence) / max(1, len([e for e in effects if e is not first]))
+        sides = [_direction(e, confidence if e is first else shared) for e in effects]
         harmless = all(_harmless(e) for e in effects)
         if "worse" in sides:
             return Judgement("worse", effects[sides.index("worse")], harmless=False)
-        if sides[0] == "better":
-            return Judgement("better", effects[0], harmless)
-        return Judgement("undecided", effects[0], harmless)
+        if effects[0] is not first:
+            return Judgement("undecided", effects[0], harmless, missing=first.metric)
+        return Judgement("better" if sides[0] == "better" else "undecided", first, harmless)
 
 
 def limited_trials(
@@ -200,13 +205,15 @@ def deciding_metrics(design: StudyDesign, place: Place) -> tuple[str, ...]:
     """The metrics that decide, the first one foremost, by what the service is bound by.
 
     A segment inside a mix shares the loop with the others, so its own throughput says nothing:
-    its speedup decides.
+    its speedup decides. A segment seldom has the 100 requests that a P99 needs: TTFT P50 there.
     """
     if design.slo.bound == "ttft":
-        return ("ttft_p50", "speedup")
+        return ("ttft_p99" if place.segment is None else "ttft_p50", "speedup")
     if design.slo.bound == "throughput":
-        return ("output_tokens_per_s", "speedup") if place.segment is None else ("speedup",)
-    return ("speedup", "tpot_mean")
+        if place.segment is not None:
+            return ("speedup",)
+        return ("output_tokens_per_s", "goodput_per_s", "speedup")
+    return ("speedup", "tpot_mean", "tpot_p99")
 
 
 def _direction(effect: Effect, confidence: float) -> Direction:
@@ -224,7 +231,10 @@ def _harmless(effect: Effect) -> bool:
 
 def describe(effect: Effect) -> str:
     """An effect in words: ``1.42x [1.30, 1.55]`` for a speedup, else with the metric's name."""
-    text = f"{effect.ratio:.2f}x [{effect.low:.2f}, {effect.high:.2f}]"
+    span = f"[{effect.low:.2f}, {effect.high:.2f}]"
+    if not math.isfinite(effect.se_log):
+        span = f"(no interval from {effect.pairs} requests)"
+    text = f"{effect.ratio:.2f}x {span}"
     return text if effect.metric == "speedup" else f"{metric_name(effect.metric)} {text}"
 
 

@@ -96,9 +96,9 @@ def more_requests(findings: Findings, pairs: int) -> NextTrial:
     design = findings.design
     load = design.production_load
     return NextTrial(
-        f"Measure {design.production_workload} at {load.label} with 50 requests a trial.",
-        f"Only {pairs} requests ended OK in both arms.",
-        _load_toml(findings, load, design.production_workload, 2, requests=50),
+        f"Measure {design.production_workload} at {load.label} with 64 requests a trial.",
+        f"Only {pairs} requests ended OK in both arms; a P99 needs 100.",
+        _load_toml(findings, load, design.production_workload, 2, requests=64),
     )
 
 

@@ -174,6 +174,19 @@ _FAILING = {
 }
 
 
+_RULED_OUT = {
+    "errors": "more of its requests fail",
+    "slo-ttft": "it breaks the TTFT limit, which the baseline keeps",
+    "slo-tpot": "it breaks the TPOT limit, which the baseline keeps",
+    "slo-e2e": "it breaks the E2E limit, which the baseline keeps",
+    "G2-ttft": "TTFT is worse by more than half",
+    "G7": "its output is not what it would be without speculation",
+    "C2": "it does not fit its GPUs",
+    "I2-memory": "the draft crowds out the KV cache",
+    "E3": "its acceptance is synthetic",
+}
+
+
 def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -> _Case:
     """The table of docs/concepts/verdict.md, for one arm."""
     design = findings.design
@@ -181,6 +194,16 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
     arms = len(findings.candidates)
     parts = findings.production_parts()
     judged = findings.judge(arm, whole, load, confidence=1 - 0.05 / arms)
+    vetoes = [c for c in conditions if c.veto and c.status == "fail"]
+    if vetoes:
+        return _Case(
+            arm,
+            Decision.OFF,
+            f"Leave it off: {arm} is ruled out at {load.label}: "
+            f"{listed([_RULED_OUT[c.id] for c in vetoes])}.",
+            tuple(f"{c.question} No: {c.value}; asked for: {c.threshold}." for c in vetoes),
+            judged,
+        )
     if judged is None:
         return _Case(
             arm,
@@ -190,15 +213,6 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
             (),
             None,
             next_trials=(next_trials.measure_production(findings, arm),),
-        )
-    vetoes = [c for c in conditions if c.veto and c.status == "fail"]
-    if vetoes:
-        return _Case(
-            arm,
-            Decision.OFF,
-            f"Leave it off: {arm} breaks a limit at {load.label} that the baseline keeps.",
-            tuple(f"{c.question} No: {c.value}; limit {c.threshold}." for c in vetoes),
-            judged,
         )
     losing = losers(findings, arm, load)
     surely = 1 - 0.05 / max(1, arms * len(parts))
@@ -356,7 +370,14 @@ def _open(findings: Findings, arm: str, judged: Judgement, losing: Sequence[Plac
         f"Not decided: {arm} on {whole.label} at {load.label} is {describe(judged.effect)}.",
         tuple(reasons),
         judged,
-        next_trials=tuple(next_trials.repeat(findings, effect) for effect in effects),
+        next_trials=(
+            *(
+                (next_trials.more_requests(findings, judged.effect.pairs),)
+                if judged.missing
+                else ()
+            ),
+            *(next_trials.repeat(findings, effect) for effect in effects),
+        ),
     )
 
 
