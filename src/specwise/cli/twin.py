@@ -29,7 +29,10 @@ TOLERABLE_LAG_S = 0.002
 @click.option("--study", is_flag=True, help="Print a study that measures the example, and stop.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print addresses, and lag at the end, as JSON."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print addresses, and lag at the end, as a line of JSON each.",
 )
 def twin(*, truth: Path | None, example: bool, study: bool, host: str, as_json: bool) -> None:
     """Play the vLLM servers described in TRUTH (a TOML file) until Ctrl-C.
@@ -104,4 +107,4 @@ def _truth(truth: ServerTruth) -> str:
 def _print_json(content: object) -> None:
     import orjson  # noqa: PLC0415 - only --json needs it
 
-    click.echo(orjson.dumps(content, option=orjson.OPT_INDENT_2).decode())
+    click.echo(orjson.dumps(content).decode())
