@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.prediction.stepwise import simulate_stepwise
 
+from specwise.errors import InputError
+from specwise.prediction.costs import StepShape
 from specwise.prediction.scheduler import SchedulerConfig
 from specwise.prediction.simulation import SimRequest, SimRun, simulate
 from specwise.prediction.truth import LinearCosts
@@ -148,3 +152,211 @@ def test_nothing_is_lost_and_no_limit_is_passed(
         int(found.chunks(i)[1].sum()) - len(found.chunks(i)[1]) for i in range(len(requests))
     )
     assert accepted >= emitted_beyond_one
+
+
+# What the rules mean, one by one.
+
+
+def test_a_lone_request_takes_a_prompt_step_and_one_step_a_token() -> None:
+    found = run([SimRequest(100, 11, arrival_s=3.0)])
+    (live,) = found.served
+    prompt_s = COSTS.step_s(StepShape(100, 100, 1, 0))
+    assert found.first_token_s[0] == pytest.approx(3.0 + prompt_s)
+    decode_s = [COSTS.step_s(StepShape(1, 101 + i, 1, 0)) for i in range(10)]
+    assert live.finished_s == pytest.approx(3.0 + prompt_s + sum(decode_s))
+    assert found.tpot_s[0] == pytest.approx(np.mean(decode_s))
+
+
+def test_speculation_emits_up_to_k_plus_one_and_counts_before_the_cut() -> None:
+    perfect = SimRequest(10, 12, arrival_s=0.0, acceptance=(1.0, 1.0, 1.0))
+    found = run([perfect], speculating(3))
+    assert found.chunks(0)[1].tolist() == [1, 4, 4, 3]
+    assert found.served[0].steps_by_accepted(3) == (0, 0, 0, 3)
+    assert found.served[0].drafted == 9
+    hopeless = replace(perfect, acceptance=(0.0, 1.0, 1.0))
+    found = run([hopeless], speculating(3))
+    assert found.chunks(0)[1].tolist() == [1] * 12
+    assert found.served[0].steps_by_accepted(3) == (11, 0, 0, 0)
+
+
+def test_acceptance_drawn_is_the_acceptance_given() -> None:
+    request = SimRequest(10, 20_000, arrival_s=0.0, acceptance=(0.8, 0.5, 0.9))
+    counts = np.array(run([request], speculating(3)).served[0].steps_by_accepted(3))
+    at_least = counts[::-1].cumsum()[::-1]
+    assert at_least[1:] / at_least[:-1] == pytest.approx([0.8, 0.5, 0.9], abs=0.02)
+
+
+def test_a_lookup_that_finds_nothing_drafts_nothing() -> None:
+    request = SimRequest(10, 5000, arrival_s=0.0, acceptance=(1.0,), draft_probability=0.25)
+    found = run([request], speculating(1, "ngram"), trace=True)
+    live = found.served[0]
+    steps = len(found.chunks(0)[1]) - 1
+    assert live.drafted == sum(live.steps_by_accepted(1)) == pytest.approx(steps / 4, rel=0.1)
+    assert found.trace is not None
+    assert found.trace.tokens.sum() == 10 + steps + live.drafted
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ((), [4] * 9),
+        (((1, 2, 3), (5, 6, 2)), [3, 3, 3, 3, 2, 2, 2, 2]),  # gaps and the tail carry forward
+        (((1, 1, 9), (2, 3, 0)), [4, 0, 0, 0, 0, 0, 0, 0]),  # never more than k
+        (((5, 8, 1), (1, 2, 3)), [3, 3, 3, 3, 1, 1, 1, 1]),  # order does not matter
+    ],
+)
+def test_a_schedule_carries_forward_and_is_limited_by_k(
+    schedule: tuple[tuple[int, int, int], ...], expected: list[int]
+) -> None:
+    limits = speculating(4, schedule=schedule, max_num_seqs=8)
+    assert list(limits.k_by_batch())[1 if schedule else 0 :] == expected
+
+
+def test_k_follows_the_batch_of_the_step_that_drafts() -> None:
+    two = [SimRequest(4, 9, arrival_s=0.0), SimRequest(4, 3, arrival_s=0.0)]
+    two = [replace(r, acceptance=(0.0, 0.0)) for r in two]
+    found = run(two, speculating(2, schedule=((1, 1, 2), (2, 8, 0))), trace=True)
+    assert found.trace is not None
+    # Two requests for three steps without drafts, then one alone: it drafts in the step in which it
+    # is alone, and verifies in the next.
+    assert found.trace.k.tolist() == [0, 0, 0, 2, 2, 2, 2, 2, 2]
+    assert found.trace.tokens.tolist() == [8, 2, 2, 1, 3, 3, 3, 3, 3]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    requests = [SimRequest(4, 30, arrival_s=0.0), SimRequest(100, 2, arrival_s=0.001)]
+    found = run(requests, config(max_num_batched_tokens=40), trace=True)
+    assert found.trace is not None
+    assert found.trace.prefill_tokens[:5].tolist() == [4, 39, 39, 22, 0]
+    assert found.trace.tokens[:5].tolist() == [4, 40, 40, 23, 2]
+
+
+def test_a_draft_model_takes_one_more_slot_a_request() -> None:
+    many = [SimRequest(1, 2, arrival_s=0.0, acceptance=(0.0,)) for _ in range(20)]
+    for method, admitted in (("eagle3", 12), ("draft_model", 6)):
+        found = run(many, speculating(1, method, max_num_batched_tokens=12), trace=True)
+        assert found.trace is not None
+        assert found.trace.requests[0] == admitted
+
+
+def test_admission_waits_for_room_for_the_whole_prompt() -> None:
+    requests = [SimRequest(60, 5, arrival_s=0.0), SimRequest(60, 5, arrival_s=0.0)]
+    limits = config(kv_tokens=112, block_size=16, max_num_batched_tokens=64)  # 6 usable blocks
+    found = run(requests, limits, trace=True)
+    assert found.trace is not None
+    assert found.trace.running.max() == 1
+    assert found.first_token_s[1] > found.finished_s[0]
+
+
+def test_the_last_admitted_is_preempted_and_recomputed() -> None:
+    requests = [SimRequest(16, 40, arrival_s=0.0), SimRequest(16, 40, arrival_s=0.0)]
+    found = run(requests, config(kv_tokens=96, block_size=16), trace=True)  # 5 usable blocks
+    first, last = found.served
+    assert (first.preemptions, last.preemptions) == (0, 1)
+    assert found.trace is not None
+    # At 33 tokens each needs a third block: the last one loses its two, and computes prompt and
+    # output so far again.
+    assert found.trace.prefill_tokens.tolist().count(33) == 1
+    assert found.chunks(1)[1].sum() == 40
+    assert last.finished_s > first.finished_s
+
+
+def test_asynchronous_scheduling_sees_an_arrival_one_step_later() -> None:
+    busy = SimRequest(4, 50, arrival_s=0.0)
+    late = SimRequest(4, 5, arrival_s=0.05)
+    waits = []
+    for async_scheduling in (False, True):
+        found = run([busy, late], config(async_scheduling=async_scheduling))
+        step = int(found.ends_s.searchsorted(found.served[1].admitted_s - 1e-9))
+        waits.append(step)
+    assert waits[1] == waits[0] + 1
+
+
+def test_a_cached_prompt_costs_its_last_block() -> None:
+    requests = [SimRequest(100, 2, arrival_s=0.0, cached_prompt_tokens=100)]
+    found = run(requests, trace=True)
+    assert found.served[0].cached == 96
+    assert found.trace is not None
+    assert found.trace.prefill_tokens[0] == 4
+    assert found.trace.context_tokens[0] == 100
+
+
+def test_the_context_limit_ends_an_answer() -> None:
+    found = run([SimRequest(90, 50, arrival_s=0.0)], config(max_model_len=100))
+    assert found.output_tokens.tolist() == [10]
+    with pytest.raises(InputError, match="does not fit max_model_len"):
+        run([SimRequest(100, 1, arrival_s=0.0)], config(max_model_len=100))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"max_num_batched_tokens": 1, "method": "draft_model", "k": 1}, "no room"),
+        ({"kv_tokens": 16}, "no usable block"),
+        ({"method": "ngram"}, "k = 0"),
+        ({"method": "ngram", "k": 2, "schedule": ((2, 4, 1),)}, "batch size 1"),
+    ],
+)
+def test_impossible_limits_are_refused(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        config(**changes)
+
+
+def test_impossible_requests_are_refused() -> None:
+    with pytest.raises(InputError, match="does not fit a KV pool"):
+        run([SimRequest(500, 10, arrival_s=0.0)], config(kv_tokens=400))
+    with pytest.raises(InputError, match="arrival time of every request"):
+        run([SimRequest(5, 10)])
+    with pytest.raises(InputError, match="no requests"):
+        run([])
+    with pytest.raises(InputError, match="0 clients"):
+        run([SimRequest(5, 10)], concurrency=0)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not() -> None:
+    requests = poisson(50, 20, acceptance=(0.5, 0.5))
+    runs = [run(requests, speculating(2), seed=seed).finished_s for seed in (1, 1, 2)]
+    assert (runs[0] == runs[1]).all()
+    assert (runs[0] != runs[2]).any()
+
+
+# What must come out of it (theory.md's invariants, with costs of an 8B model on one GPU).
+
+
+def throughput(k: int, concurrency: int, prompt: int, conditional: float = 0.8) -> float:
+    limits = speculating(k) if k else config()
+    costs = replace(COSTS, speculates=k > 0)
+    request = SimRequest(prompt, 60, acceptance=(conditional,) * k)
+    rng = np.random.default_rng(0)
+    found = simulate([request] * (4 * concurrency), costs, limits, rng=rng, concurrency=concurrency)
+    # The time of a decode token, free of the ramps at either end of a closed loop.
+    return float(1 / np.mean(found.tpot_s))
+
+
+def test_speedup_does_not_rise_with_the_batch_for_short_contexts() -> None:
+    speedups = [throughput(4, c, 20) / throughput(0, c, 20) for c in (1, 8, 32, 128)]
+    assert all(later < earlier for earlier, later in pairwise(speedups))
+    assert speedups[0] > 1.5
+
+
+def test_speedup_comes_back_where_the_cache_dominates() -> None:
+    short, long = (throughput(4, 64, p) / throughput(0, 64, p) for p in (20, 20_000))
+    assert long > short
+
+
+def test_the_best_k_does_not_rise_with_load() -> None:
+    best = [
+        max(range(1, 7), key=lambda k, c=concurrency: throughput(k, c, 20, 0.7))
+        for concurrency in (1, 16, 128)
+    ]
+    assert best == sorted(best, reverse=True)
+    assert best[0] > best[-1]
+
+
+def test_an_overloaded_server_queues_without_end_and_speculation_moves_that_point() -> None:
+    requests = poisson(300, 40, output_tokens=200, acceptance=(0.9,) * 4)
+    limits = {"max_num_seqs": 16}
+    plain = run(requests, config(**limits))
+    drafting = run(requests, speculating(4, **limits))
+    assert plain.ttft_s[-50:].mean() > 10 * plain.ttft_s[:20].mean()
+    assert drafting.ttft_s[-50:].mean() < plain.ttft_s[-50:].mean() / 2
