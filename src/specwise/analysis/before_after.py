@@ -266,12 +266,13 @@ def judge_drop(estimate: Estimate, units: int) -> tuple[AcceptanceVerdict, int |
     return "cannot tell", max(1, math.ceil(units * (half / distance) ** 2) - units)
 
 
-def at_draft_length(counts: AcceptanceCounts, drafted_to: int, k: int) -> Counted:
+def at_draft_length(counts: AcceptanceCounts, drafted_to: int | None, k: int) -> Counted:
     """Accepted and drafted tokens as if every verify step had drafted only its first ``k``.
 
     Position i is accepted or not whatever was drafted after it, so cutting the histogram at k is
-    exact for drafts made one after the other. ``drafted_to`` is the draft length that was used.
-    Counts that say what they drafted keep it where nothing is cut: lookups may propose less.
+    exact for drafts made one after the other. ``drafted_to`` is the draft length that was used,
+    None where it varied. Counts that say what they drafted keep it where nothing is cut: lookups
+    may propose less.
     """
     accepted = sum(min(i, k) * n for i, n in enumerate(counts.steps_by_accepted))
     if k == drafted_to and counts.drafted_tokens is not None:
@@ -299,7 +300,11 @@ def _acceptance(
 def _common_tables(pair: ArmPair, held: tuple[Cells, Cells]) -> list[list[TrialTable]]:
     """The two arms' trials in the workloads and loads that both measured; all, if none is."""
     own = [
-        {key[1:3]: tables for key, tables in side.items() if key[0] == arm.name and _counts(key)}
+        {
+            (workload, load): tables
+            for (name, workload, load, purpose), tables in side.items()
+            if name == arm.name and purpose is Purpose.MEASURE
+        }
         for side, arm in zip(held, (pair.before, pair.after), strict=True)
     ]
     common = own[0].keys() & own[1].keys()
@@ -307,10 +312,6 @@ def _common_tables(pair: ArmPair, held: tuple[Cells, Cells]) -> list[list[TrialT
         [t for key, tables in side.items() if key in common or not common for t in tables]
         for side in own
     ]
-
-
-def _counts(key: tuple[str, str, LoadPoint, Purpose]) -> bool:
-    return key[3] is Purpose.MEASURE
 
 
 def _by_prompt(
@@ -390,15 +391,14 @@ def _prompt_counts(
 ) -> dict[str, Counted]:
     """Accepted and drafted tokens by prompt, over all its requests."""
     assert speculation is not None  # noqa: S101 - only speculating arms come here
-    drafted_to = k if speculation.schedule else speculation.k
+    drafted_to = None if speculation.schedule else speculation.k
     found: dict[str, Counted] = {}
     for record in records:
         counts = record.acceptance
         if counts is None or counts.source is not source or not counts.steps:
             continue
         before = found.get(record.prompt_id, (0.0, 0.0))
-        cut = -1 if speculation.schedule else drafted_to  # a schedule's own count has many lengths
-        accepted, drafted = at_draft_length(counts, cut, k)
+        accepted, drafted = at_draft_length(counts, drafted_to, k)
         if not drafted:
             continue
         found[record.prompt_id] = before[0] + accepted, before[1] + drafted
@@ -429,8 +429,9 @@ def _by_trial(pair: ArmPair, tables: Sequence[Sequence[TrialTable]]) -> list[Acc
                 for t in side
                 if t.trial.workload == workload and (counts := counted_by_server([t])) is not None
             }
-            cut = arm.speculation.k if arm.speculation and not arm.speculation.schedule else -1
-            sides.append({key: at_draft_length(c, cut, k) for key, c in counted.items()})
+            plan = arm.speculation
+            drafted_to = plan.k if plan is not None and not plan.schedule else None
+            sides.append({key: at_draft_length(c, drafted_to, k) for key, c in counted.items()})
         shared = sorted(sides[0].keys() & sides[1].keys())
         if not shared:
             continue
