@@ -127,11 +127,16 @@ class Twin:
         began_s = loop.time()
         while True:
             restart = restarts.pop(0) if restarts else None
-            async with self._listening():
+            async with self._listening() as steps:
                 started()
                 wait_s = None if restart is None else began_s + restart.at_s - loop.time()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), wait_s)
+                stopping = asyncio.create_task(stop.wait())
+                await asyncio.wait(
+                    {steps, stopping}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                stopping.cancel()
+                if steps.done():
+                    steps.result()  # an engine that stops by itself has failed: say so
             if stop.is_set() or restart is None:
                 return
             with contextlib.suppress(TimeoutError):
@@ -148,7 +153,8 @@ class Twin:
         self._work = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def _listening(self) -> AsyncIterator[None]:
+    async def _listening(self) -> AsyncIterator[asyncio.Task[None]]:
+        """The port open and the engine running; yields the engine's task."""
         app = web.Application(client_max_size=64 * 2**20)
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
@@ -175,11 +181,10 @@ class Twin:
             self._origin_s = time.monotonic()
             steps = asyncio.create_task(self._run_engine())
             try:
-                yield
+                yield steps
             finally:
                 steps.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await steps
+                await asyncio.gather(steps, return_exceptions=True)
         finally:
             await runner.cleanup()
 
