@@ -128,6 +128,8 @@ class Checkpoint:
     quantization: Quantization | None = None
     tied_embeddings: bool = False
     mtp_layers: int = 0
+    experts: int = 0  # of a sparse layer; 0 for a dense model
+    active_experts: int = 0  # that one token goes through
     head_method: str | None = None  # eagle, eagle3, medusa: a head, not a model of its own
     family: str = ""
     tokenizer_family: str = ""

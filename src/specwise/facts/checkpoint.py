@@ -398,6 +398,8 @@ def from_config(values: Mapping[str, Any], name: str, source: str) -> Checkpoint
         quantization=_quantization(config.part("quantization_config"), name),
         tied_embeddings=tied,
         mtp_layers=config.whole("num_nextn_predict_layers", "mtp_num_hidden_layers", default=0),
+        experts=shape.experts,
+        active_experts=min(shape.active_experts, shape.experts),
         head_method=head,
         family=model_type,
         notes=tuple(notes),
@@ -426,16 +428,23 @@ class _Shape:
     def model_type(self) -> str:
         return self.config.text("model_type")
 
+    @property
+    def experts(self) -> int:
+        """Experts of a sparse layer, 0 for a dense model."""
+        return self.config.whole("num_experts", "num_local_experts", "n_routed_experts", default=0)
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that one token goes through; meaningless for a dense model."""
+        return self.config.whole("num_experts_per_tok", "num_experts_per_token", default=1)
+
     def layer_parameters(self) -> tuple[int, int]:
         """(all, active for one token) parameters of all layers, norms included."""
         common = self._attention() + self._norms()
         dense = self._dense_mlp()
-        experts = self.config.whole(
-            "num_experts", "num_local_experts", "n_routed_experts", default=0
-        )
-        if not experts:
+        if not self.experts:
             return self.layers * (common + dense), self.layers * (common + dense)
-        all_experts, active_experts = self._experts(experts)
+        all_experts, active_experts = self._experts(self.experts)
         dense_layers = min(self._dense_layers(), self.layers)
         sparse = self.layers - dense_layers
         fixed = self.layers * common + dense_layers * dense
@@ -477,7 +486,7 @@ class _Shape:
         """(all, active) parameters of one sparse layer's experts and router."""
         config, hidden = self.config, self.hidden
         inner = config.whole("moe_intermediate_size", "intermediate_size")
-        chosen = config.whole("num_experts_per_tok", "num_experts_per_token", default=1)
+        chosen = self.active_experts
         expert = 3 * hidden * inner
         router = hidden * experts
         shared_inner = config.whole("shared_expert_intermediate_size", default=0)
