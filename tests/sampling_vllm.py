@@ -7,7 +7,7 @@ Every instance has the same one, so two instances sample alike unless one is tol
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from aiohttp import web
@@ -33,7 +33,9 @@ class SamplingVllm(FakeVllm):
     drafts: bool = True
     refuses: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
-    seen_seeds: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._numbers = np.random.default_rng(self.seed)
 
     def logits(self, prompt: int, before: int, *, read: bool = False) -> np.ndarray:
         """``read`` computes them in another shape, with other rounding."""
@@ -55,10 +57,7 @@ class SamplingVllm(FakeVllm):
         ids = prompt if isinstance(prompt, list) and not chat else [self._id_of(prompt), 1]
         choices = []
         for index in range(1 if "n" in self.silent else body.get("n", 1)):
-            seed = body.get("seed")
-            self.seen_seeds += [] if seed is None else [seed + index]
-            rng = np.random.default_rng(None if seed is None else [seed + index, self.seed])
-            tokens = self._tokens(ids, body, rng)
+            tokens = self._tokens(ids, body, self._numbers)
             choice: dict[str, object] = {"index": index, "text": ""}
             if "return_token_ids" not in self.silent:
                 choice["token_ids"] = tokens

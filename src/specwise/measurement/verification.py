@@ -44,8 +44,7 @@ EVIDENCE_SCHEMA = 1
 _RESULT = TypeAdapter(LosslessnessResult)
 
 COUNTERS_SETTLE_S: Final = 0.5  # vLLM exports a step's counters after it has answered
-# A seed below 2**31 is made of (request, server, choice): torch's CPU generator looks at 32 bits.
-_SEED_REQUESTS, _SEED_SERVERS, _SEED_CHOICES = 2**20, 2**6, 2**5
+_MOST_AT_ONCE: Final = 32  # outputs of one request
 
 Note = Callable[[str], None]
 Samples = tuple[tuple[int, ...], ...]
@@ -235,7 +234,7 @@ def ask_candidate(
 ) -> CandidateAnswers:
     """A candidate's answers to what the baseline was asked; ServerError if they cannot be had.
 
-    ``stream`` numbers the candidate: each draws its own seeds.
+    ``stream`` numbers the candidate: each is asked in an order of its own.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     greedy: dict[str, TokenOutput] = {}
@@ -328,26 +327,23 @@ class _Asker:
         return scores
 
     def samples(self, prompts: Sequence[VerifyPrompt], *, stream: int) -> dict[str, Samples]:
-        """``plan.samples`` outputs of each prompt, all drawn with seeds of their own.
+        """``plan.samples`` outputs of each prompt, drawn without seeds as production does.
 
-        Prompts take turns, so that a batch holds several of them.
+        Requests go out in an order of ``stream``'s own. Two vLLM servers start with one seed, and
+        asked for the same in one order they would draw the same numbers: they would look more
+        alike than they are. Seeds in the requests are no way out: vLLM 0.32's CPU build stops when
+        the prompt of a seeded request is read in chunks (``v1/worker/gpu_model_runner.py``,
+        ``set_offset``).
         """
         plan = self._plan
-        at_once = min(_SEED_CHOICES, max(1, plan.concurrency // 2))
+        at_once = min(_MOST_AT_ONCE, max(1, plan.concurrency // 2))
         sizes = [min(at_once, plan.samples - done) for done in range(0, plan.samples, at_once)]
         turns = [(prompt, size) for size in sizes for prompt in prompts]
-        rng = np.random.default_rng([plan.seed, 11])
-        # Any offset keeps the seeds apart, and another plan's seed gives others.
-        numbers = (int(rng.integers(_SEED_REQUESTS)) + np.arange(len(turns))) % _SEED_REQUESTS
+        order = np.random.default_rng([plan.seed, 11, stream]).permutation(len(turns))
+        turns = [turns[i] for i in order]
         bodies = [
-            self._body(
-                prompt,
-                plan.sample_tokens,
-                temperature=plan.temperature,
-                samples=size,
-                seed=(int(number) * _SEED_SERVERS + stream % _SEED_SERVERS) * _SEED_CHOICES,
-            )
-            for number, (prompt, size) in zip(numbers, turns, strict=True)
+            self._body(prompt, plan.sample_tokens, temperature=plan.temperature, samples=size)
+            for prompt, size in turns
         ]
         drawn: dict[str, list[tuple[int, ...]]] = {prompt.prompt_id: [] for prompt in prompts}
         answers = self._post_all(bodies, workers=plan.concurrency // at_once)
@@ -368,7 +364,6 @@ class _Asker:
         *,
         temperature: float,
         samples: int = 1,
-        seed: int | None = None,
         logprobs: bool = False,
     ) -> tuple[str, dict[str, Any]]:
         chat = prompt.api is Api.CHAT
@@ -380,7 +375,6 @@ class _Asker:
             temperature=temperature,
             top_p=self._plan.top_p if temperature else 1.0,
             samples=samples,
-            seed=seed,
             logprobs=logprobs,
         )
 

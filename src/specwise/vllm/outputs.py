@@ -43,10 +43,9 @@ def generate_body(
     temperature: float,
     top_p: float = 1.0,
     samples: int = 1,
-    seed: int | None = None,
     logprobs: bool = False,
 ) -> dict[str, Any]:
-    """A request for ``samples`` outputs as token ids; vLLM gives choice i the seed plus i."""
+    """A request for ``samples`` outputs as token ids."""
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": max_tokens,
@@ -56,8 +55,6 @@ def generate_body(
         "return_token_ids": True,
     }
     body |= {"messages": list(prompt)} if api is Api.CHAT else {"prompt": prompt}
-    if seed is not None:
-        body["seed"] = seed
     if logprobs:
         chat = {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         body |= chat if api is Api.CHAT else {"logprobs": TOP_LOGPROBS}
