@@ -6,7 +6,7 @@
 1. A step has one budget of tokens. Running requests come first, in the order of their admission;
    then, unless one had to be preempted, waiting ones in the order of arrival, while a seat
    (``max_num_seqs``), budget and cache last. Decodes and chunks of prompts share the step.
-2. A decode takes 1 + drafts of the budget. With a draft model each request takes one more slot.
+2. A decode takes 1 + drafts of the budget; with a draft model each request takes a slot more.
 3. Admission asks for cache blocks for the whole prompt (and, after a preemption, for what was
    generated), although only the first chunk's are taken. Speculation with a cache of its own takes
    k more slots per request. vLLM keeps one block for itself.
@@ -46,7 +46,7 @@ Floats = NDArray[np.float64]
 LONGEST_LEAP = 512
 _TABLE_STEPS = 8192
 # Methods whose drafter keeps its own KV cache: `VllmConfig.num_lookahead_tokens`, vLLM 0.32.
-_WITH_CACHE = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark")
+_WITH_CACHE = ("draft_model", "eagle", "eagle3", "mtp", "dspark")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,14 @@ class SchedulerConfig:
     @property
     def draft_slots(self) -> int:
         """Slots of the budget a request takes beyond its tokens."""
-        return 1 if self.method == "draft_model" else 0
+        by_method = {"draft_model": 1, "dflash": self.k, "dspark": self.k - 1}
+        return by_method.get(self.method or "", 0)
 
     @property
     def lookahead(self) -> int:
         """Cache slots a request takes beyond its tokens, for the drafter to write to."""
+        if self.method == "dflash":
+            return self.k + 1
         return self.k if self.method in _WITH_CACHE else 0
 
     @property
