@@ -8,10 +8,16 @@ from pathlib import Path
 import click
 
 
-@click.command(epilog="Example: specwise decide chat-20261122-101500")
+@click.command(epilog="Example: specwise decide chat-20261122-101500 --explain")
 @click.argument("study", type=click.Path(path_type=Path))
+@click.option("--explain", "explained", is_flag=True, help="Every step, to be checked by hand.")
+@click.option(
+    "--watched/--not-watched",
+    default=None,
+    help="Whether production's acceptance is monitored and alerted on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print verdict and evidence as JSON.")
-def decide(study: Path, as_json: bool) -> None:
+def decide(study: Path, *, explained: bool, watched: bool | None, as_json: bool) -> None:
     """Should the deployment measured in STUDY speculate?
 
     Says on, on with a schedule, off, or measure more, overall and for each segment, with evidence.
@@ -19,21 +25,34 @@ def decide(study: Path, as_json: bool) -> None:
     Exit code 0: on (with or without a schedule). 1: off. 3: not decidable from what was measured.
     """
     from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
+    from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
+    from specwise.decision.explanation import explain  # noqa: PLC0415
     from specwise.decision.verdict import exit_code  # noqa: PLC0415
     from specwise.measurement.store import read_study  # noqa: PLC0415
 
-    assessment = assess(read_study(study))
+    data = read_study(study)
+    assessment = assess(data, gather_evidence(data, watched=watched))
     if as_json:
         import orjson  # noqa: PLC0415
 
-        from specwise.reporting.json_export import assessment_to_dict  # noqa: PLC0415
+        from specwise.reporting.json_export import (  # noqa: PLC0415
+            assessment_to_dict,
+            json_types,
+            without_secrets,
+        )
 
-        click.echo(orjson.dumps(assessment_to_dict(assessment), option=orjson.OPT_INDENT_2))
+        answer = assessment_to_dict(assessment)
+        if explained:
+            answer["explanation"] = without_secrets(json_types(explain(assessment)))
+        click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
     else:
         from specwise.reporting.console import print_assessment  # noqa: PLC0415
+        from specwise.reporting.explanation import print_explanation  # noqa: PLC0415
 
         page = study / "report.html"
         print_assessment(assessment, report=page if page.exists() else None)
+        if explained:
+            print_explanation(explain(assessment))
         if not page.exists():
             click.echo(f"Evidence with figures: specwise report {study}")
     sys.exit(exit_code(assessment.verdict.decision))

@@ -54,11 +54,13 @@ def demo(*, quick: bool, out: Path | None, as_json: bool) -> None:
     import orjson  # noqa: PLC0415
 
     from specwise.decision.assessment import assess  # noqa: PLC0415 - not before it is needed
+    from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.reporting.console import print_assessment  # noqa: PLC0415
     from specwise.reporting.html import write_report  # noqa: PLC0415
     from specwise.reporting.json_export import assessment_to_dict, write_json  # noqa: PLC0415
 
-    assessment = assess(folder.read())
+    data = folder.read()
+    assessment = assess(data, gather_evidence(data))
     page = folder.path / "report.html"
     write_report(assessment, page)
     write_json(assessment, folder.path / "assessment.json")

@@ -19,13 +19,14 @@ import click
 def report(study: Path, out: Path | None, records: str | None, as_json: bool) -> None:
     """Write what was measured in STUDY as one self-contained HTML page and as JSON beside it."""
     from specwise.decision.assessment import assess  # noqa: PLC0415 - the plotting stack loads here
+    from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.measurement.store import read_study  # noqa: PLC0415
     from specwise.reporting.export import export_records  # noqa: PLC0415
     from specwise.reporting.html import write_report  # noqa: PLC0415
     from specwise.reporting.json_export import write_json  # noqa: PLC0415
 
     data = read_study(study)
-    assessment = assess(data)
+    assessment = assess(data, gather_evidence(data))
     written = {"report": out or study / "report.html", "assessment": study / "assessment.json"}
     write_report(assessment, written["report"])
     write_json(assessment, written["assessment"])

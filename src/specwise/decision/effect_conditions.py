@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from specwise.analysis.comparison import Direction, Effect
-from specwise.decision.findings import Findings, describe
+from specwise.decision.findings import ERROR_RATE, Findings, describe
 from specwise.decision.rules import Condition, Status, by_sign, condition
 from specwise.domain import Loop
 
@@ -72,13 +72,17 @@ def _limits(findings: Findings, arm: str, scope: str) -> Iterator[Condition]:
     design, load, place = findings.design, findings.design.production_load, findings.production
     base = findings.summary(design.arms[0].name, place, load)
     own = findings.summary(arm, place, load)
-    for name, limit_s in (
-        ("ttft", design.slo.ttft_s),
-        ("tpot", design.slo.tpot_s),
-        ("e2e", design.slo.e2e_s),
-    ):
-        if limit_s is None:
-            continue
+    limits = {
+        name: limit_s
+        for name, limit_s in (
+            ("ttft", design.slo.ttft_s),
+            ("tpot", design.slo.tpot_s),
+            ("e2e", design.slo.e2e_s),
+        )
+        if limit_s is not None
+    }
+    surely = 1 - ERROR_RATE / max(1, 2 * len(limits) * len(findings.candidates))
+    for name, limit_s in limits.items():
         before = getattr(base, f"{name}_s") if base else None
         after = getattr(own, f"{name}_s") if own else None
         threshold = f"{limit_s * 1e3:.0f} ms"
@@ -86,7 +90,7 @@ def _limits(findings: Findings, arm: str, scope: str) -> Iterator[Condition]:
             yield condition(f"slo-{name}", scope, "not measured", "unknown", threshold=threshold)
             continue
         effects = [findings.effect(f"{name}_{q}", arm, place, load) for q in ("p50", "p95")]
-        proven = any(e is not None and e.direction == "worse" for e in effects)
+        proven = any(e is not None and e.interval(surely)[0] > 1 for e in effects)
         over, was_over = after.p95 > limit_s, before.p95 > limit_s
         yield condition(
             f"slo-{name}",

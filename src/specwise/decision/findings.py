@@ -14,6 +14,9 @@ from specwise.analysis.latency import ServingSummary, percentiles
 from specwise.domain import Arm, LoadPoint, Loop, Purpose, StudyData, StudyDesign, Workload
 from specwise.measurement.load import client_limits
 
+ERROR_RATE = 0.02
+"""Chance, for each way to be wrong, that noise decides: a verdict has several ways (the whole, the
+other deciding metrics, segments, SLO limits), and together they must stay below 5 %."""
 MARGIN = 0.95
 """A ratio that is shown to stay above this is no loss worth holding a deployment up for."""
 

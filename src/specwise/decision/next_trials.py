@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from specwise.analysis.comparison import Effect, t_quantile
-from specwise.decision.findings import Findings, Place, counted, describe, metric_name
+from specwise.decision.findings import ERROR_RATE, Findings, Place, counted, describe, metric_name
 from specwise.decision.schedule import ScheduleProposal
 from specwise.domain import LoadPoint, Loop
 
@@ -24,8 +24,8 @@ class NextTrial:
     toml: str
 
 
-def repeats_needed(effect: Effect, log_distance: float) -> int | None:
-    """Repeats at which the interval's half width falls below ``log_distance``.
+def repeats_needed(effect: Effect, log_distance: float, confidence: float = 0.95) -> int | None:
+    """Repeats at which the half width of the interval at ``confidence`` falls below a distance.
 
     The standard error falls with the root of the repeats, whose prompts are new ones, and the
     degrees of freedom grow with them. None above `MOST_REPEATS`.
@@ -33,7 +33,7 @@ def repeats_needed(effect: Effect, log_distance: float) -> int | None:
     for repeats in range(effect.repeats + 1, MOST_REPEATS + 1):
         growth = repeats / effect.repeats
         se = effect.se_log / math.sqrt(growth)
-        if t_quantile(effect.dof * growth, effect.confidence) * se < abs(log_distance):
+        if t_quantile(effect.dof * growth, confidence) * se < abs(log_distance):
             return repeats
     return None
 
@@ -43,11 +43,12 @@ def repeat(findings: Findings, effect: Effect) -> NextTrial:
     place = Place(effect.workload, effect.segment)
     cell = f"{effect.arm} and the baseline on {effect.workload} at {effect.load.label}"
     why = f"{metric_name(effect.metric)} of {place.label} is {describe(effect)}: it holds 1."
-    repeats = repeats_needed(effect, math.log(effect.ratio) if effect.ratio > 0 else 0.0)
+    sure = 1 - ERROR_RATE / max(1, len(findings.candidates))
+    repeats = repeats_needed(effect, math.log(effect.ratio) if effect.ratio > 0 else 0.0, sure)
     if repeats is not None:
         what = f"Repeat {cell}: {repeats} repeats instead of {effect.repeats}."
     else:
-        repeats = repeats_needed(effect, math.log(_SMALLEST_GAIN)) or MOST_REPEATS
+        repeats = repeats_needed(effect, math.log(_SMALLEST_GAIN), sure) or MOST_REPEATS
         what = (
             f"Repeat {cell}: {repeats} repeats instead of {effect.repeats} tell whether it differs "
             f"by more than {_SMALLEST_GAIN - 1:.0%} at all."

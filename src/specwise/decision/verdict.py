@@ -16,7 +16,15 @@ from enum import StrEnum
 from specwise.analysis.comparison import Effect
 from specwise.decision import next_trials
 from specwise.decision.conditions import Condition
-from specwise.decision.findings import Findings, Judgement, Place, counted, describe, listed
+from specwise.decision.findings import (
+    ERROR_RATE,
+    Findings,
+    Judgement,
+    Place,
+    counted,
+    describe,
+    listed,
+)
 from specwise.decision.next_trials import NextTrial
 from specwise.decision.schedule import (
     IDLE_PRICE,
@@ -59,7 +67,8 @@ class Verdict:
     """The answer for the production workload at the production load.
 
     ``arm`` is the candidate it is about, None where there is none. ``effect`` is the deciding
-    effect of that arm. ``reasons`` are sentences, the most important first.
+    effect of that arm. ``reasons`` are sentences, the most important first. ``rule`` is the row of
+    the table in docs/concepts/verdict.md that decided.
     """
 
     decision: Decision
@@ -71,6 +80,7 @@ class Verdict:
     schedule: ScheduleProposal | None
     next_trials: tuple[NextTrial, ...]
     client_limited: bool
+    rule: str = ""
 
 
 def exit_code(decision: Decision) -> int:
@@ -94,6 +104,8 @@ class _Case:
     judged: Judgement | None
     schedule: ScheduleProposal | None = None
     next_trials: tuple[NextTrial, ...] = ()
+    rule: str = ""
+    certain: bool = False  # no better measurement could change it
 
     @property
     def gain(self) -> float:
@@ -110,8 +122,9 @@ _RANK = {Decision.ON: 3, Decision.SCHEDULE: 2, Decision.MEASURE_MORE: 1, Decisio
 def decide(findings: Findings, conditions: Sequence[Condition]) -> Verdict:
     """The verdict on a study. ``conditions`` with a veto that failed bind it.
 
-    Each arm is decided by itself at 95 % shared out over the candidate arms (Bonferroni), so that
-    trying many arms finds no winner by chance; the best decision, then the largest gain, wins.
+    Each arm is decided by itself; `ERROR_RATE` is shared out over the candidate arms (Bonferroni),
+    so that trying many arms finds no winner by chance. The best decision, then the largest gain,
+    wins.
     """
     segments = tuple(_segment_verdict(findings, place) for place in findings.parts())
     failed = {c.id: c for c in conditions if c.veto and c.status == "fail" and not c.scope}
@@ -141,12 +154,13 @@ def decide(findings: Findings, conditions: Sequence[Condition]) -> Verdict:
         schedule=best.schedule,
         next_trials=(*best.next_trials, *_control(findings, best.arm)),
         client_limited="client" in failed,
+        rule=best.rule,
     )
 
 
 def _refuse(findings: Findings, best: _Case, failed: dict[str, Condition]) -> _Case:
     """Measure-more, because the measurement itself does not carry a decision."""
-    if best.judged is None:
+    if best.judged is None or best.certain:
         return best
     trials: list[NextTrial] = []
     if "client" in failed:
@@ -162,8 +176,8 @@ def _refuse(findings: Findings, best: _Case, failed: dict[str, Condition]) -> _C
         f"Not decided: {listed([_FAILING[name] for name in failed if name in _FAILING])}.",
         (*reasons, f"What was seen so far: {best.headline}"),
         best.judged,
-        None,
-        tuple(trials),
+        next_trials=tuple(trials),
+        rule="the measurement does not carry a decision: " + listed(list(failed)),
     )
 
 
@@ -193,7 +207,7 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
     load, whole = design.production_load, findings.production
     arms = len(findings.candidates)
     parts = findings.production_parts()
-    judged = findings.judge(arm, whole, load, confidence=1 - 0.05 / arms)
+    judged = findings.judge(arm, whole, load, confidence=1 - ERROR_RATE / arms)
     vetoes = [c for c in conditions if c.veto and c.status == "fail"]
     if vetoes:
         return _Case(
@@ -203,6 +217,8 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
             f"{listed([_RULED_OUT[c.id] for c in vetoes])}.",
             tuple(f"{c.question} No: {c.value}; asked for: {c.threshold}." for c in vetoes),
             judged,
+            rule=f"ruled out, whatever the effects say: {listed([c.id for c in vetoes])}",
+            certain=any(c.id in ("G7", "C2", "E3") for c in vetoes),
         )
     if judged is None:
         return _Case(
@@ -213,9 +229,10 @@ def _decide_arm(findings: Findings, arm: str, conditions: Sequence[Condition]) -
             (),
             None,
             next_trials=(next_trials.measure_production(findings, arm),),
+            rule="not measured at production's load",
         )
     losing = losers(findings, arm, load)
-    surely = 1 - 0.05 / max(1, arms * len(parts))
+    surely = 1 - ERROR_RATE / max(1, arms * len(parts))
     sure_losers = tuple(
         place
         for place in losing
@@ -269,6 +286,7 @@ def _win(findings: Findings, arm: str, judged: Judgement, doubtful: Sequence[Pla
                 *_crossover_reason(findings, arm),
             ),
             judged,
+            rule="better, and no segment that loses or may lose more than 5 %: on",
         )
     effects = [_deciding(findings, arm, place, load) for place in doubtful]
     return _Case(
@@ -284,6 +302,7 @@ def _win(findings: Findings, arm: str, judged: Judgement, doubtful: Sequence[Pla
         ),
         judged,
         next_trials=tuple(next_trials.repeat(findings, e) for e in effects),
+        rule="better, but a segment may lose more than 5 %: measure-more",
     )
 
 
@@ -303,6 +322,7 @@ def _scheduled_arm(
         ),
         judged,
         propose(findings, arm),
+        rule="the arm ran a schedule, which wins or costs nothing here: on-with-schedule",
     )
 
 
@@ -341,6 +361,7 @@ def _loss(
             judged,
             proposal,
             (next_trials.confirm_schedule(findings, proposal),),
+            rule="worse, or a segment surely loses, but it wins at a lower load: on-with-schedule",
         )
     if wins_below and speculation is not None and not takes_schedule(speculation):
         reasons.append(
@@ -350,7 +371,14 @@ def _loss(
     headline = f"Leave speculation off: {arm} loses on {lost} at {load.label}"
     if judged.direction != "worse":
         headline += f", whatever the average ({describe(judged.effect)}) says"
-    return _Case(arm, Decision.OFF, f"{headline}.", tuple(reasons), judged)
+    return _Case(
+        arm,
+        Decision.OFF,
+        f"{headline}.",
+        tuple(reasons),
+        judged,
+        rule="worse, or a segment surely loses, and no schedule can help: off",
+    )
 
 
 def _open(findings: Findings, arm: str, judged: Judgement, losing: Sequence[Place]) -> _Case:
@@ -378,6 +406,7 @@ def _open(findings: Findings, arm: str, judged: Judgement, losing: Sequence[Plac
             ),
             *(next_trials.repeat(findings, effect) for effect in effects),
         ),
+        rule="undecided, or a segment probably loses: measure-more",
     )
 
 

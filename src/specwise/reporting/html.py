@@ -23,6 +23,7 @@ from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary
 from specwise.decision.assessment import Assessment
 from specwise.decision.conditions import Condition
+from specwise.decision.explanation import explain
 from specwise.domain import AcceptanceSource, LoadPoint, MeasuredTrial, Outcome, Purpose
 from specwise.reporting import wording
 from specwise.reporting.experiments import experiment_page
@@ -128,6 +129,7 @@ def render_report(assessment: Assessment, beside: Path) -> str:
             a.source is AcceptanceSource.CHUNKS for a in assessment.acceptance
         ),
         condition_groups=_condition_groups(assessment, links),
+        explanation=explain(assessment) if assessment.effects else None,
         summaries=[s for s in assessment.summaries if s.purpose is Purpose.MEASURE],
         trials=[_trial_row(m, links[m.trial.trial_id]) for m in study.trials],
         planned=len(design.trials) - len(study.skipped),
