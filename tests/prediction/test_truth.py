@@ -64,6 +64,18 @@ def test_costs_add_up_to_the_step() -> None:
     assert draft.costs.step_s(without) == pytest.approx(alone + 0.002 + 40 * 10e-6)
 
 
+def test_costs_of_a_checkpoint_on_a_gpu() -> None:
+    text = TRUTH[TRUTH.index("[[segment]]") :].replace("k = 3,", 'k = 3, draft = "llama-3.2-1b",')
+    table = '[roofline]\ntarget = "llama-3.1-70b"\ngpu = "h100"\ngpus = 4\n'
+    baseline, draft = read(table + text)
+    shape = StepShape(tokens=4, context_tokens=2000, requests=1, k=3)
+    # 141 GB of weights over four GPUs of 3.35 TB/s, at best.
+    assert 0.0105 < baseline.costs.step_s(shape) < 0.020
+    assert draft.costs.step_s(shape) > baseline.costs.step_s(shape)
+    with pytest.raises(InputError, match="both"):
+        read(table + TRUTH.replace("schema = 1", ""))
+
+
 def test_the_bundled_truth_and_study_fit_together() -> None:
     truths = {truth.name: truth for truth in read(bundled_text("truth"))}
     design = parse_study(bundled_text("rehearse"), name="rehearse.toml")

@@ -12,8 +12,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from specwise.domain import Speculation
 from specwise.errors import InputError
-from specwise.prediction.costs import StepCosts, StepShape
+from specwise.facts.checkpoint import load_checkpoint
+from specwise.facts.hardware import find_gpu
+from specwise.prediction.costs import StepCosts, StepShape, roofline
 from specwise.prediction.scheduler import SchedulerConfig
 
 TRUTH_SCHEMA = 1
@@ -161,6 +164,12 @@ class _CostsTable(_Table):
     overhead_ms: NotNegative = 0.0
 
 
+class _RooflineTable(_Table):
+    target: str
+    gpu: str
+    gpus: PositiveInt = 1
+
+
 class _LimitsTable(_Table):
     max_num_batched_tokens: PositiveInt = 8192
     max_num_seqs: PositiveInt = 256
@@ -171,6 +180,7 @@ class _LimitsTable(_Table):
 class _SpeculationTable(_Table):
     method: str
     k: PositiveInt
+    draft: str | None = None
     schedule: list[tuple[PositiveInt, PositiveInt, Annotated[int, Field(ge=0)]]] = []
 
 
@@ -202,6 +212,7 @@ class _ServerTable(_Table):
     acceptance: dict[str, Acceptance] = {}
     draft_probability: dict[str, Probability] = {}
     costs: _CostsTable | None = None
+    roofline: _RooflineTable | None = None
     limits: _LimitsTable | None = None
     fault: list[_FaultTable] = []
 
@@ -213,6 +224,7 @@ class _TruthTable(_Table):
     characters_per_token: Positive = 4.0
     max_model_len: PositiveInt = 32768
     costs: _CostsTable | None = None
+    roofline: _RooflineTable | None = None
     limits: _LimitsTable = _LimitsTable()
     segment: list[_SegmentTable]
     server: Annotated[list[_ServerTable], Field(min_length=1)]
@@ -350,15 +362,35 @@ def _acceptance(
 
 
 def _costs(table: _TruthTable, server: _ServerTable, where: str) -> StepCosts:
-    given = server.costs or table.costs
-    if given is None:
-        raise InputError(f"{where} has no [costs], and neither has the file.", _NEXT)
+    """The server's own costs, else the file's."""
+    for owner in (server, table):
+        if owner.costs is not None and owner.roofline is not None:
+            raise InputError(f"{where} has both [costs] and [roofline].", "Keep one of them.")
+        if owner.costs is not None:
+            return _linear(owner.costs, speculates=server.speculation is not None)
+        if owner.roofline is not None:
+            return _roofline(owner.roofline, server.speculation)
+    raise InputError(f"{where} has neither [costs] nor [roofline], nor has the file.", _NEXT)
+
+
+def _linear(table: _CostsTable, *, speculates: bool) -> LinearCosts:
     return LinearCosts(
-        target_pass_s=given.target_pass_ms / 1e3,
-        token_s=given.token_us / 1e6,
-        context_token_s=given.context_token_ns / 1e9,
-        draft_pass_s=given.draft_pass_ms / 1e3,
-        draft_token_s=given.draft_token_us / 1e6,
-        overhead_each_s=given.overhead_ms / 1e3,
-        speculates=server.speculation is not None,
+        target_pass_s=table.target_pass_ms / 1e3,
+        token_s=table.token_us / 1e6,
+        context_token_s=table.context_token_ns / 1e9,
+        draft_pass_s=table.draft_pass_ms / 1e3,
+        draft_token_s=table.draft_token_us / 1e6,
+        overhead_each_s=table.overhead_ms / 1e3,
+        speculates=speculates,
+    )
+
+
+def _roofline(table: _RooflineTable, speculation: _SpeculationTable | None) -> StepCosts:
+    draft = speculation.draft if speculation else None
+    return roofline(
+        load_checkpoint(table.target),
+        find_gpu(table.gpu),
+        tensor_parallel=table.gpus,
+        speculation=Speculation(speculation.method, speculation.k) if speculation else None,
+        draft=load_checkpoint(draft) if draft else None,
     )
