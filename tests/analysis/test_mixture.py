@@ -12,7 +12,7 @@ from tests.analysis.experiment_studies import Request, Truth, experiment_design,
 from specwise.analysis.acceptance import summarise_acceptance
 from specwise.analysis.cells import cells
 from specwise.analysis.comparison import Effect, compare
-from specwise.analysis.mixture import Diagnosis, Mixture, cause_of, contrast, diagnose
+from specwise.analysis.mixture import DIAGNOSED, Diagnosis, Mixture, cause_of, contrast, diagnose
 from specwise.domain import LoadPoint, Loop, StudyData, Trial
 
 DESIGN = experiment_design("mixed", "concurrency = [16]\nrequests = 80\nrepeats = 3")
@@ -64,7 +64,7 @@ def of(mixture: Mixture, segment: str, metric: str = "tpot_p99") -> Diagnosis:
         ((0.8, 1.4), "no harm"),
     ],
 )
-@pytest.mark.parametrize("metric", ["tpot_p99", "speedup"])
+@pytest.mark.parametrize("metric", DIAGNOSED)
 def test_every_cause_is_told_from_the_others(
     prose: tuple[float, float], cause: str, metric: str
 ) -> None:

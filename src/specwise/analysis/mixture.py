@@ -22,8 +22,9 @@ Cause = Literal["the mix", "speculation itself", "both", "no harm", "cannot tell
 
 MARGIN = 0.95
 """A loss that is shown to stay within 5 % is no harm."""
-DIAGNOSED = ("tpot_p99", "speedup")
-"""The tail that users of the mix feel (F3), and the mean that the verdict rests on."""
+DIAGNOSED = ("tpot_p95", "tpot_p99", "speedup")
+"""The tail that users of the mix feel (F3), and the mean that the verdict rests on. P99 takes 100
+requests of a segment to judge; P95 takes 20."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +272,7 @@ def _sentences(
                 found.append(f"{arm}: {_signature(signature)}")
         for d in diagnoses:
             if d.arm == arm and d.cause not in ("no harm", "cannot tell yet"):
-                metric = "TPOT P99" if d.metric == "tpot_p99" else "speed"
+                metric = "speed" if d.metric == "speedup" else d.metric.replace("_", " ").upper()
                 found.append(
                     f"{arm}: {d.segment} loses {metric}, and the cause is {d.cause}. {d.reason}"
                 )

@@ -358,7 +358,7 @@ def _cause_sheets(mixture: Mixture) -> Sequence[Sheet]:
     arms = list(dict.fromkeys(d.arm for d in mixture.diagnoses))
     return [
         Sheet(
-            f"{arm} / baseline in the mix and alone; in the mix / alone: below 1 the mix adds harm",
+            f"{arm} against the baseline; mix / alone: below 1 the mix adds harm",
             ("Requests", "Metric", "In the mix", "Alone", "Mix / alone", "Cause of harm"),
             tuple(
                 (

@@ -115,12 +115,13 @@ def experiment_page(
         )
         charts = [
             mixture_chart(experiment, metric, styles, predicted=predicted)
-            for metric in ("speedup", "tpot_p99")
+            for metric in ("speedup", "tpot_p95", "tpot_p99")
         ]
         captions = [
             "Speedup with 95 % interval: all requests of the mix, then each segment in the mix and "
             "alone at the same load.",
-            "The same for the TPOT P99, baseline / arm: above 1x the tail is shorter.",
+            "The same for the TPOT P95, baseline / arm: above 1x the tail is shorter.",
+            "The same for the TPOT P99. It takes 100 requests of a segment to have an interval.",
         ]
     pictures = tuple(
         Picture(chart, caption, hollow=not isinstance(experiment, TemperatureSweep))
