@@ -2,8 +2,8 @@
 
     python benchmarks/prediction_simulation.py
 
-The bar is 400 times real time. Costs are those of Llama-3.1-8B on one H100, as the linear plane that
-a twin's file describes and as the roofline that `specwise predict` computes.
+The bar is 400 times real time. Costs are those of Llama-3.1-8B on one H100: the linear plane that
+a twin's file describes, and the roofline that `specwise predict` computes.
 """
 
 from __future__ import annotations

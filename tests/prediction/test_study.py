@@ -11,12 +11,15 @@ from tests.prediction.test_scheduler import COSTS
 
 from specwise.decision.assessment import assess
 from specwise.decision.verdict import Decision
-from specwise.domain import StudyData, Trial
+from specwise.domain import Speculation, StudyData, Trial
 from specwise.errors import InputError
+from specwise.facts.checkpoint import load_checkpoint
+from specwise.facts.hardware import find_gpu
 from specwise.measurement.arrivals import intended_times
 from specwise.measurement.design import parse_study
+from specwise.planning.memory import ServingPlan, plan_memory
 from specwise.prediction.scheduler import SchedulerConfig
-from specwise.prediction.study import SimArm, Traffic, simulate_study
+from specwise.prediction.study import SimArm, Traffic, limits_of, simulate_study
 from specwise.reporting.html import write_report
 
 STUDY = """
@@ -115,6 +118,19 @@ def test_counters_agree_with_the_records() -> None:
 
 def test_the_same_seed_gives_the_same_study() -> None:
     assert simulated(OPEN) == simulated(OPEN)
+
+
+def test_limits_follow_from_the_memory_plan() -> None:
+    target, draft = load_checkpoint("llama-3.1-8b"), load_checkpoint("llama-3.2-1b")
+    plan = ServingPlan(target, find_gpu("h100"), draft=draft, context=4096)
+    memory = plan_memory(plan)
+    limits = limits_of(memory, Speculation("draft_model", 3, schedule=((1, 8, 3), (9, 64, 1))))
+    assert limits.kv_tokens == int(memory.tokens.likely) > 100_000
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens) == (1024, 8192)
+    assert limits.k_by_batch()[8:10] == (3, 1)
+    assert limits.async_scheduling
+    assert not limits_of(memory, Speculation("ngram", 3)).async_scheduling
+    assert limits_of(memory, None).method is None
 
 
 def test_what_is_missing_is_named() -> None:

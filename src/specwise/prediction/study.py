@@ -17,6 +17,7 @@ from specwise.domain import (
     MeasuredTrial,
     Outcome,
     RequestRecord,
+    Speculation,
     StudyData,
     StudyDesign,
     Trial,
@@ -24,6 +25,7 @@ from specwise.domain import (
     Workload,
 )
 from specwise.errors import InputError
+from specwise.planning.memory import MemoryPlan
 from specwise.prediction.costs import StepCosts
 from specwise.prediction.scheduler import SchedulerConfig
 from specwise.prediction.simulation import SimRequest, SimRun, simulate
@@ -53,6 +55,25 @@ class SimArm:
     config: SchedulerConfig
     acceptance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     draft_probability: Mapping[str, float] = field(default_factory=dict)
+
+
+def limits_of(memory: MemoryPlan, speculation: Speculation | None) -> SchedulerConfig:
+    """The engine's limits that follow from a memory plan: its likely KV pool, and vLLM's defaults.
+
+    Asynchronous scheduling is on unless drafts are looked up on the CPU (vLLM 0.32,
+    ``config/vllm.py``). Raises InputError where the pool has no block.
+    """
+    plan = memory.plan
+    return SchedulerConfig(
+        max_num_batched_tokens=plan.batched_tokens,
+        max_num_seqs=plan.sequences,
+        kv_tokens=max(int(memory.tokens.likely), 0),
+        max_model_len=plan.context,
+        method=speculation.method if speculation else None,
+        k=speculation.k if speculation else 0,
+        schedule=speculation.schedule if speculation else (),
+        async_scheduling=speculation is None or speculation.method not in ("ngram", "suffix"),
+    )
 
 
 def simulate_study(
