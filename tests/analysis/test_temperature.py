@@ -10,13 +10,13 @@ from tests.analysis.experiment_studies import K, Request, Truth, experiment_desi
 from specwise.analysis.cells import cells
 from specwise.analysis.comparison import speedup_effects
 from specwise.analysis.temperature import (
-    PUBLISHED_SHAPE,
     TemperatureLine,
     TemperatureSweep,
     classify,
     sweep,
 )
 from specwise.domain import AcceptanceSource, StudyData, StudyDesign, Trial
+from specwise.facts.published import published
 
 
 def swept(study: StudyData) -> TemperatureSweep:
@@ -97,7 +97,9 @@ def test_the_lines_themselves_belong_to_break_even() -> None:
     assert [classify(r) for r in (0.499, 0.5, 0.65, 0.651)] == [
         "off", "break-even", "break-even", "likely a win",
     ]  # fmt: skip
-    assert [round(r, 2) for _, r in PUBLISHED_SHAPE] == [0.81, 0.71, 0.52, 0.38]
+    assert [classify(rate) for _, rate in published().temperature_shape.points] == [
+        "likely a win", "likely a win", "break-even", "off",
+    ]  # fmt: skip
 
 
 def test_a_flat_line_neither_falls_nor_rises_and_a_rising_one_is_not_monotone() -> None:

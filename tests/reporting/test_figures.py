@@ -17,10 +17,10 @@ from specwise.reporting import wording
 from specwise.reporting.figures import (
     LatencySample,
     _decades,
-    ratio_ticks,
     _tail_curve,
     arm_styles,
     latency_chart,
+    ratio_ticks,
     speedup_chart,
 )
 from specwise.reporting.svg import Chart

@@ -38,14 +38,6 @@ Class = Literal["off", "break-even", "likely a win"]
 OFF_BELOW, WIN_ABOVE = 0.5, 0.65
 """The article's lines on the acceptance rate; a rule of thumb that no measurement bows to."""
 
-PUBLISHED_SHAPE: tuple[tuple[float, float], ...] = (
-    (0.0, 0.81),
-    (0.4, 0.71),
-    (0.8, 0.52),
-    (1.0, 0.38),
-)
-"""Acceptance by temperature as the article prints it: calibration, never a prediction."""
-
 _DRAWS = 2000
 
 

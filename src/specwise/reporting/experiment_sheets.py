@@ -12,12 +12,12 @@ from specwise.analysis.experiment import Experiment
 from specwise.analysis.ladder import Ladder
 from specwise.analysis.mixture import Contrast, Mixture
 from specwise.analysis.temperature import (
-    PUBLISHED_SHAPE,
     Share,
     TemperatureLine,
     TemperaturePoint,
     TemperatureSweep,
 )
+from specwise.facts.published import published
 from specwise.reporting.wording import (
     MARKS,
     MISSING,
@@ -136,9 +136,14 @@ def _next_step(point: TemperaturePoint) -> str:
     return f"{rule}{measured}"
 
 
+def published_shape() -> tuple[tuple[float, float], ...]:
+    """Acceptance by temperature as it was published: calibration, never a prediction."""
+    return published().temperature_shape.points
+
+
 def published_words() -> str:
     """The published shape, said to be what it is."""
-    return ", ".join(f"{rate:.2f} at T={t:g}" for t, rate in PUBLISHED_SHAPE)
+    return ", ".join(f"{rate:.2f} at T={t:g}" for t, rate in published_shape())
 
 
 def _sweep_sheet(experiment: TemperatureSweep) -> Sheet:
@@ -161,7 +166,7 @@ def _sweep_sheet(experiment: TemperatureSweep) -> Sheet:
 
 
 def _published_at(temperature: float) -> str:
-    known = dict(PUBLISHED_SHAPE)
+    known = dict(published_shape())
     return f"{known[temperature]:.2f}" if temperature in known else MISSING
 
 

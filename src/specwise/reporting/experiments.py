@@ -20,7 +20,6 @@ from specwise.analysis.ladder import Ladder
 from specwise.analysis.mixture import Mixture
 from specwise.analysis.temperature import (
     OFF_BELOW,
-    PUBLISHED_SHAPE,
     WIN_ABOVE,
     TemperatureLine,
     TemperatureSweep,
@@ -30,6 +29,7 @@ from specwise.reporting.experiment_sheets import (
     Sheet,
     findings_of,
     ladder_sheets,
+    published_shape,
     published_words,
     share_words,
     temperature_sheet,
@@ -175,7 +175,7 @@ def _temperature_panel(
     own = next((line.at_production for line in lines if line.at_production), None)
     if own is not None:
         axis.axvline(own.temperature, color=Ink.MUTED, linewidth=1, linestyle=(0, (1, 3)))
-    axis.plot(*zip(*PUBLISHED_SHAPE, strict=True), color=Ink.MUTED, linewidth=1.2, linestyle="--")
+    axis.plot(*zip(*published_shape(), strict=True), color=Ink.MUTED, linewidth=1.2, linestyle="--")
     for place, line in enumerate(lines):
         style = styles[line.arm]
         shift = 0.012 * (place - (len(lines) - 1) / 2)  # intervals of two arms stay apart
