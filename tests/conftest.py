@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import signal
 
+from hypothesis import settings
+
+# A busy machine makes a slow example, not a wrong one.
+settings.register_profile("specwise", deadline=None)
+settings.load_profile("specwise")
+
 
 def pytest_configure() -> None:
     """Take Ctrl-C as a terminal would send it.
