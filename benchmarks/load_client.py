@@ -1,10 +1,11 @@
 """How right, cheap and punctual specwise's load generator is, beside other clients.
 
 A scripted server (``load_server.py``) on one core keeps the truth: when it read each request and
-when it sent the first and the last chunk. Each client runs in a process of its own on another core,
-alternated over the rounds, on the same open-loop Poisson load. Printed per client: TTFT p50 and p99
-beside the server's, CPU seconds of the whole process per 1,000 chunks, start-up until the server
-read the first request, and lateness; medians over rounds, with their range, and ratios to specwise.
+when it sent the first and the last chunk. Each client (``load_clients.py``) runs in a process of
+its own on another core, alternated over the rounds, on the same open-loop Poisson load. Printed per
+client: TTFT p50 and p99 beside the server's, CPU seconds of the whole process per 1,000 chunks,
+start-up until the server read the first request, and lateness; medians over rounds, with their
+range, and ratios to specwise. ``bound`` is what receiving the bytes alone costs in Python.
 
     python benchmarks/load_client.py [--rounds 3] [--vllm-python PATH --tokenizer FOLDER]
 
@@ -15,8 +16,8 @@ Exits with 1 if a bar is missed: TTFT p99 within 10 % at 50,000 chunks/s, at mos
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import math
 import os
 import resource
 import subprocess
@@ -28,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from load_clients import CHUNKS
+
 # What `vllm bench serve` runs, without the entry point, which the CPU distribution breaks.
 VLLM_BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
@@ -36,105 +39,8 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-CHUNKS = 64
 CHUNK_LOADS = (5_000, 20_000, 50_000)
 RATES = (50, 100, 200, 400)
-PROMPT = "word " * 32
-
-
-# --- clients, each in a process of its own ------------------------------------------------------
-
-
-# Imports stand inside: what a client does not need must not count against its start-up.
-
-
-def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np  # noqa: PLC0415
-
-    from specwise.domain import Api, RequestRecord  # noqa: PLC0415
-    from specwise.measurement.arrivals import intended_times  # noqa: PLC0415
-    from specwise.measurement.load import PlannedRequest, Target, run_load  # noqa: PLC0415
-    from specwise.vllm.response import endpoint, request_body  # noqa: PLC0415
-
-    body = request_body(Api.CHAT, model="m", prompt=PROMPT, max_tokens=CHUNKS, temperature=0.0)
-    times = intended_times(
-        "poisson", setting["rate"], setting["count"], np.random.default_rng(setting["seed"])
-    )
-    plan = [
-        PlannedRequest(i, f"p{i}", "s", 0.0, endpoint(Api.CHAT), body, t)
-        for i, t in enumerate(times)
-    ]
-    records: list[RequestRecord] = []
-    run = run_load(
-        plan,
-        target=Target(setting["url"], "m"),
-        concurrency=None,
-        part=0,
-        on_record=records.append,
-    )
-    return {
-        "ttft_s": [(r.first_token_s or 0.0) - r.sent_s for r in records],
-        "lateness_s": [r.sent_s - r.intended_s for r in records],
-        "failed": sum(r.outcome != "ok" for r in records),
-        "limits": run.limits,
-        "cpu_share": run.client.cpu_share,
-    }
-
-
-def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
-    import random  # noqa: PLC0415
-
-    import aiohttp  # noqa: PLC0415
-
-    rng = random.Random(setting["seed"])  # noqa: S311
-    body = {
-        "model": "m",
-        "messages": [{"role": "user", "content": PROMPT}],
-        "max_tokens": CHUNKS,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-    ttft_s, lateness_s = [], []
-
-    async def one(session: aiohttp.ClientSession, due_s: float) -> None:
-        sent_s = time.perf_counter()
-        lateness_s.append(sent_s - due_s)
-        first_s = 0.0
-        chunk_s = []
-        async with session.post(setting["url"] + "/v1/chat/completions", json=body) as response:
-            async for line in response.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                now_s = time.perf_counter()
-                message = json.loads(line[6:])
-                if message["choices"] and message["choices"][0]["delta"].get("content"):
-                    first_s = first_s or now_s
-                    chunk_s.append(now_s)
-        ttft_s.append(first_s - sent_s)
-
-    async def run() -> None:
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            due_s = time.perf_counter()
-            tasks = []
-            for _ in range(setting["count"]):
-                due_s += rng.expovariate(setting["rate"])
-                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                tasks.append(asyncio.create_task(one(session, due_s)))
-            await asyncio.gather(*tasks)
-
-    asyncio.run(run())
-    return {"ttft_s": ttft_s, "lateness_s": lateness_s, "failed": setting["count"] - len(ttft_s)}
-
-
-CLIENTS = {"specwise": specwise_client, "aiohttp": aiohttp_client}
-
-
-def run_client(name: str, setting: dict[str, Any]) -> None:
-    result = CLIENTS[name](setting)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    result["cpu_s"] = usage.ru_utime + usage.ru_stime
-    print(json.dumps(result))
 
 
 # --- one run of one client ----------------------------------------------------------------------
@@ -152,7 +58,8 @@ def measure(client: str, setting: dict[str, Any], options: argparse.Namespace) -
     if client == "vllm bench serve":
         result = run_vllm_bench(setting, options)
     else:
-        command = [sys.executable, __file__, "--client", client, json.dumps(setting)]
+        script = Path(__file__).with_name("load_clients.py")
+        command = [sys.executable, script, client, json.dumps(setting)]
         done = subprocess.run(
             command,
             check=True,
@@ -218,6 +125,8 @@ def read_log(url: str) -> list[list[float]]:
 
 
 def spread(values: list[float], digits: int) -> str:
+    if any(map(math.isnan, values)):
+        return "-"
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
@@ -255,7 +164,7 @@ def print_row(
         f" {spread(column(rows, 'p99_ratio'), 3):<20}"
         f" {spread(column(rows, 'cpu_s_per_1000'), 4):<23} {ratio:4.1f}x"
         f"  {spread(column(rows, 'startup_s'), 2):<17}"
-        f" {spread(late, 2) if late[0] == late[0] else '-':<17}"
+        f" {spread(late, 2):<17}"
         f" {sum(column(rows, 'failed')):.0f}"
         + (f"  flagged in {sum(column(rows, 'limited')):.0f}" if client == "specwise" else ""),
         flush=True,
@@ -272,17 +181,17 @@ HEADER = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of sending, each run")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of sending, each run")
+    parser.add_argument(
+        "--chunk-loads", type=int, nargs="+", default=CHUNK_LOADS, help="chunks/s; the last counts"
+    )
+    parser.add_argument("--rates", type=int, nargs="*", default=RATES, help="requests/s")
     parser.add_argument("--vllm-python", help="a Python that has vLLM, for `vllm bench serve`")
     parser.add_argument("--tokenizer", help="folder of a tokenizer, for `vllm bench serve`")
     parser.add_argument("--client-core", type=int, default=0)
     parser.add_argument("--server-core", type=int, default=1)
-    parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.client:
-        run_client(options.client[0], json.loads(options.client[1]))
-        return 0
-    clients = ["specwise", "aiohttp"]
+    clients = ["specwise", "bound", "aiohttp"]
     if options.vllm_python and options.tokenizer:
         clients.append("vllm bench serve")
     server = subprocess.Popen(
@@ -295,33 +204,45 @@ def main() -> int:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
         print(f"{os.cpu_count()} cores; {options.rounds} rounds; medians (range)\n{HEADER}")
         heavy = compare(
-            [(f"{load:,} chunks/s", load / CHUNKS) for load in CHUNK_LOADS], clients, options, url
+            [(f"{load:,} chunks/s", load / CHUNKS) for load in options.chunk_loads],
+            clients,
+            options,
+            url,
         )
-        rates = [(f"{rate} req/s", float(rate)) for rate in RATES]
-        punctual = compare(rates, clients[:2], options, url)
+        rates = [(f"{rate} req/s", float(rate)) for rate in options.rates]
+        punctual = compare(rates, ["specwise", "aiohttp"], options, url)
     finally:
         server.kill()
         server.communicate()
-    return judge(heavy, punctual)
+    return judge(f"{options.chunk_loads[-1]:,} chunks/s", heavy, punctual)
 
 
 def judge(
+    top_load: str,
     heavy: dict[tuple[str, str], list[dict[str, float]]],
     punctual: dict[tuple[str, str], list[dict[str, float]]],
 ) -> int:
     """Print every bar beside what was reached; 1 if one was missed."""
-    top = heavy[f"{CHUNK_LOADS[-1]:,} chunks/s", "specwise"]
+    top = heavy[top_load, "specwise"]
+    cpu, bound = (
+        median(column(heavy[top_load, client], "cpu_s_per_1000"))
+        for client in ("specwise", "bound")
+    )
     late = [
-        median(column(punctual[f"{rate} req/s", "specwise"], "lateness_p99_ms")) for rate in RATES
+        median(column(rows, "lateness_p99_ms"))
+        for (_, client), rows in punctual.items()
+        if client == "specwise"
     ]
     bars = [
         ("TTFT p99 seen/true - 1", abs(median(column(top, "p99_ratio")) - 1), 0.10),
-        ("CPU s per 1,000 chunks", median(column(top, "cpu_s_per_1000")), 0.010),
+        ("CPU s per 1,000 chunks", cpu, 0.010),
         ("start-up s", median(column(top, "startup_s")), 1.0),
-        ("lateness p99 ms, worst rate", max(late), 2.0),
+        ("lateness p99 ms, worst rate", max(late, default=math.nan), 2.0),
     ]
     for name, value, bar in bars:
-        print(f"{name:<30} {value:8.4f}  bar {bar:g}  {'ok' if value <= bar else 'MISSED'}")
+        verdict = "MISSED" if value > bar else "ok" if value <= bar else "-"
+        print(f"{name:<30} {value:8.4f}  bar {bar:g}  {verdict}")
+    print(f"{'CPU, ratio to the bound':<30} {cpu / bound:8.4f}")
     return int(any(value > bar for _, value, bar in bars))
 
 

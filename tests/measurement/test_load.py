@@ -356,6 +356,30 @@ def test_a_server_that_was_away_is_used_again() -> None:
     assert [r.outcome for r in records] == [Outcome.REFUSED, Outcome.REFUSED, Outcome.OK]
 
 
+def test_a_stream_that_breaks_and_goes_silent_is_noticed_before_its_timeout() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    done = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(1 << 16)
+            for data in (answer, b"3\r\n:\n\n\r\n", b"no chunk\r\n"):
+                sock.sendall(data)
+                time.sleep(0.02)
+            done.wait(20)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=serve, args=(listener,), daemon=True)
+        server.start()
+        run, (record,) = load(f"http://127.0.0.1:{listener.getsockname()[1]}", plan(1))
+        done.set()
+        server.join(10)
+    assert record.outcome is Outcome.STREAM_ERROR
+    assert record.error == "the answer is not valid HTTP/1.1"
+    assert record.finished_s < run.duration_s < 5.0
+
+
 # --- kept-alive connections ---------------------------------------------------------------------
 
 

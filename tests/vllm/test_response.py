@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.scripted_server import DONE, Script, events
 
 from specwise.domain import AcceptanceSource, Api
+from specwise.vllm import response
 from specwise.vllm.response import (
     Done,
     Fault,
@@ -228,6 +230,91 @@ def test_an_events_time_is_that_of_the_piece_that_completes_it() -> None:
     reader.feed(2.0, data[first_end - 1 : first_end + 5])
     reader.feed(3.0, data[first_end + 5 :])
     assert reader.finish(4.0).chunk_s == (2.0, 3.0)
+
+
+ODD_CHUNKS = [
+    b'"}',
+    b"\\",
+    b'\\"},\\"finish_reason\\":null',
+    b'","x":"',
+    b"\\ud83d",
+    b"\\ud83d\\ude00",
+    b"\xf0\x9f",
+    b"\\n\\n",
+    b"\x01",
+    "é😀".encode(),
+    b"",
+]
+
+
+@given(
+    st.lists(st.sampled_from([b" word", *ODD_CHUNKS]) | st.text(max_size=3), max_size=30),
+    st.lists(
+        st.tuples(
+            st.integers(0, 30),
+            st.sampled_from(
+                [
+                    lambda data: data[:-1],
+                    lambda data: data + data,
+                    lambda data: data.replace(b"total_tokens", b"total"),
+                    lambda data: data.replace(b'"completion_tokens":', b'"completion_tokens":-'),
+                    lambda data: data.replace(b'"completion_tokens":', b'"completion_tokens":0.'),
+                    lambda data: data.replace(b'"prompt_tokens":7', b'"prompt_tokens":8'),
+                    lambda data: data.replace(b"}}\n", b',"more":{"a":[1]}}}\n'),
+                    lambda data: data.replace(b"\n\n", b"\r\n\r\n"),
+                    lambda data: data.replace(b'"index"', b'"logprobs":null,"index"'),
+                    lambda data: data[:0] + b'data: {"error": {"message": "out of memory"}}\n\n',
+                    lambda data: b": ping\n\n" + data,
+                    lambda data: data[:0],
+                ]
+            ),
+        ),
+        max_size=3,
+    ),
+    st.sampled_from(list(Api)),
+    st.integers(1, 30),
+)
+@settings(deadline=None, max_examples=300)
+def test_chunks_read_together_say_what_each_says_alone(
+    words: list[Any],
+    changes: list[tuple[int, Callable[[bytes], bytes]]],
+    api: Api,
+    together: int,
+) -> None:
+    script = Script(chunks=len(words), words=("WORD",) * len(words), tokens_per_chunk=2)
+    pieces = [data for _, data in events(script, endpoint(api))]
+    for i, word in enumerate(words, start=len(pieces) - len(words) - 2):
+        inside = word if isinstance(word, bytes) else orjson.dumps(word)[1:-1]
+        pieces[i] = pieces[i].replace(b"WORD", inside)
+    for i, change in changes:
+        pieces[i % len(pieces)] = change(pieces[i % len(pieces)])
+    times_s = [float(i) for i in range(len(pieces))]
+    reader, plain_reader = StreamReader(speculative=True), StreamReader(speculative=True)
+    for i in range(0, len(pieces), together):
+        reader.feed_all(times_s[i : i + together], pieces[i : i + together])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(response, "_MAX_LEARNT", 0)
+        for at_s, data in zip(times_s, pieces, strict=True):
+            plain_reader.feed(at_s, data)
+    assert reader.finish(99.0) == plain_reader.finish(99.0)
+
+
+@pytest.mark.parametrize("api", list(Api))
+def test_most_chunks_of_an_answer_are_read_together(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def count(payload: bytes) -> Any:
+        parsed.append(payload)
+        return parse_event(payload)
+
+    monkeypatch.setattr(response, "parse_event", count)
+    pieces = [data for _, data in events(Script(chunks=100), endpoint(api))]
+    reader = StreamReader()
+    reader.feed_all([1.0] * len(pieces), pieces)
+    assert len(reader.finish(1.0).chunk_s) == 100
+    assert len(parsed) < 10
 
 
 def test_multi_line_data_is_one_event() -> None:

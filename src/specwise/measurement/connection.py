@@ -1,8 +1,12 @@
 """HTTP/1.1 connections that time-stamp what arrives: an asyncio protocol and a keep-alive pool.
 
-Nothing is interpreted here beyond HTTP's own framing: the pieces of a body are kept as they came,
-each with the time of the socket read that brought it, so that reading the stream can wait until
-it costs no one else's time stamp.
+Each socket read is kept as it came, with its time, and the HTTP parser is given the reads later
+where that changes nothing: a stream's chunks wait for its end, so that a chunk costs a clock and
+two list entries when it arrives. The parser sees every read on its own, therefore each piece of
+the body has the time of the read that completed it, however late it was parsed. Heads, and bodies
+in any form but a chunked, uncompressed one, are parsed as they come.
+
+Nothing is interpreted here beyond HTTP's own framing.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ Clock = Callable[[], float]
 # uvicorn, which serves vLLM, closes a connection after 5 s without a request: stay clear of that.
 _MAX_IDLE_S = 3.0
 _MAX_BODY_BYTES = 256 * 2**20
+# A chunked body ends with these bytes, and nothing else that vLLM sends ends so.
+_END_OF_CHUNKED = b"\r\n\r\n"
+_MAX_KEPT_READS = 256
 _CONNECT_TIMEOUT_S = 20.0
 
 
@@ -125,39 +132,44 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self._parser: Any = None
         self._exchange: Exchange | None = None
-        self._ended: asyncio.Future[None] | None = None
+        self._on_end: Callable[[], None] | None = None
+        self._read_s: list[float] = []
+        self._reads: list[bytes] = []
+        self._may_wait = False
         self._decoder: Any = None
-        self._now = 0.0
+        self._decoded = 0
         self._body_bytes = 0
+        self._fault: tuple[Outcome, str] | None = None
         self._keep_alive = True
-        self._framed = False
         self._acked_before = -1
         self._served = 0
         self.idle_since_s = clock()
 
     # --- use -------------------------------------------------------------------------------
 
-    async def perform(self, exchange: Exchange, request: bytes) -> None:
-        """Send ``request`` and wait until ``exchange`` holds the answer or the reason for none."""
-        loop = asyncio.get_running_loop()
+    def send(self, exchange: Exchange, request: bytes, on_end: Callable[[], None]) -> None:
+        """Send ``request``; call ``on_end`` when ``exchange`` holds the answer or its fault."""
         self._exchange = exchange
-        self._ended = ended = loop.create_future()
+        self._on_end = on_end
+        # The parser looks this up once: body pieces go to their list without a call of ours.
+        self.on_body = exchange.pieces.append
         self._parser = httptools.HttpResponseParser(self)
+        self._may_wait = False
         self._decoder = None
-        self._framed = False
-        self._body_bytes = 0
+        self._decoded = self._body_bytes = 0
+        self._fault = None
         self._acked_before = self._acknowledged_bytes() if self._served else -1
-        try:
-            exchange.sent_s = self._clock()
-            if self._transport.is_closing():
-                self.connection_lost(None)
-            else:
-                self._transport.write(request)
-            await ended
-        finally:
-            if not ended.done() or ended.cancelled():
-                self._exchange = None
-                self.abort()
+        exchange.sent_s = self._clock()
+        if self._transport.is_closing():
+            self.connection_lost(None)
+        else:
+            self._transport.write(request)
+
+    def give_up(self) -> None:
+        """Close at once. What has arrived is parsed first and may end the exchange after all."""
+        self.catch_up()
+        self._exchange = None
+        self.abort()
 
     @property
     def kept_alive(self) -> bool:
@@ -186,33 +198,60 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with each read."""
-        self._now = self._clock()
-        if self._exchange is None:
+        self._read_s.append(self._clock())
+        self._reads.append(data)
+        if (
+            not self._may_wait
+            # True of shorter reads too, which may hold the end of the end.
+            or _END_OF_CHUNKED.endswith(data[-4:])
+            or len(self._reads) >= _MAX_KEPT_READS
+        ):
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Parse the reads that were kept; ends the exchange if they do."""
+        read_s, reads = self._read_s, self._reads
+        if not reads:
+            return
+        self._read_s, self._reads = [], []
+        exchange = self._exchange
+        if exchange is None:
             # Nothing was asked: this peer is out of step.
             self.abort()
             return
+        feed, times_s, pieces = self._parser.feed_data, exchange.times_s, exchange.pieces
+        at_s, data = read_s[0], b""
         try:
-            self._parser.feed_data(data)
+            for at_s, data in zip(read_s, reads, strict=True):
+                feed(data)
+                while len(times_s) < len(pieces):
+                    times_s.append(at_s)
+                if exchange.complete:
+                    break
         except httptools.HttpParserUpgrade:
-            self._fail(Outcome.STREAM_ERROR, "the server switched to another protocol")
+            self._fail("the server switched to another protocol")
         except httptools.HttpParserError:
-            self._fail(Outcome.STREAM_ERROR, "the answer is not valid HTTP/1.1")
-
-    def eof_received(self) -> bool:
-        """Called by the event loop when the server will send no more; the transport closes."""
-        self._now = self._clock()
-        return False
+            # Nothing may follow an answer, but what does cannot spoil it.
+            self._keep_alive = False
+            if not exchange.complete:
+                self._fail("the answer is not valid HTTP/1.1")
+        times_s.extend([at_s] * (len(pieces) - len(times_s)))
+        self._check_body(exchange, sum(map(len, reads)))
+        if exchange.complete or self._fault is not None:
+            self._keep_alive = self._keep_alive and data is reads[-1]
+            self._end(at_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop when the connection is gone."""
+        now_s = self._clock()
         self._keep_alive = False
+        self.catch_up()
         exchange = self._exchange
         if exchange is None:
             return
-        self._now = self._clock()
         if exchange.until_close and exc is None:
             exchange.complete = True
-            self._end()
+            self._end(now_s)
             return
         if exchange.status is not None:
             where = "before the answer was complete"
@@ -222,90 +261,91 @@ class Connection(asyncio.Protocol):
             # Closed while idle, with our bytes still under way: they were never taken in.
             exchange.unreached = self._acknowledged_bytes() == self._acked_before
             where = "before any answer, on a connection kept alive from the request before"
-        self._fail(Outcome.CUT, f"the server closed the connection {where}")
+        self._fault = (Outcome.CUT, f"the server closed the connection {where}")
+        self._end(now_s)
 
-    # --- httptools -------------------------------------------------------------------------
+    # --- parsing ---------------------------------------------------------------------------
+
+    def _check_body(self, exchange: Exchange, read_bytes: int) -> None:
+        """Decode the body's new pieces, if need be, and hold it to its limit."""
+        self._body_bytes += read_bytes
+        if self._decoder is not None:
+            for i in range(self._decoded, len(exchange.pieces)):
+                piece = exchange.pieces[i]
+                exchange.pieces[i] = b""
+                try:
+                    exchange.pieces[i] = self._decoder.decompress(piece, _MAX_BODY_BYTES)
+                except zlib.error:
+                    self._fail("the compressed answer is corrupt")
+                self._body_bytes += len(exchange.pieces[i])
+            self._decoded = len(exchange.pieces)
+        if self._body_bytes > _MAX_BODY_BYTES:
+            exchange.times_s.clear()
+            exchange.pieces.clear()
+            self._fail("the answer exceeds 256 MiB")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
-        if self._exchange is None:
+        exchange = self._exchange
+        if exchange is None or exchange.complete:
             return
-        name = name.lower()
-        self._exchange.headers[name] = value
-        if name in (b"content-length", b"transfer-encoding"):
-            self._framed = True
+        exchange.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         exchange = self._exchange
-        if exchange is None:
+        if exchange is None or exchange.complete:
             return
         status = self._parser.get_status_code()
+        headers = exchange.headers
         if status < 200:
-            exchange.headers.clear()
+            headers.clear()
             return
         exchange.status = status
-        exchange.until_close = not self._framed
-        encoding = exchange.headers.get(b"content-encoding", b"identity").strip().lower()
+        chunked = b"transfer-encoding" in headers
+        exchange.until_close = not chunked and b"content-length" not in headers
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding in (b"gzip", b"x-gzip", b"deflate"):
             # 47: zlib or gzip, told by the header.
             self._decoder = zlib.decompressobj(47)
         elif encoding not in (b"identity", b""):
             name = encoding.decode("ascii", "replace")[:20]
-            self._fail(
-                Outcome.STREAM_ERROR,
-                f"the answer is compressed with {name!r} although none was asked for",
-            )
+            self._fail(f"the answer is compressed with {name!r} although none was asked for")
+        self._may_wait = chunked and status == 200 and self._decoder is None
 
-    def on_body(self, data: bytes) -> None:
-        """Called by the parser with each piece of the body."""
-        exchange = self._exchange
-        if exchange is None:
+    def on_message_begin(self) -> None:
+        """Called by the parser at the start of an answer."""
+        if self._exchange is not None and self._exchange.complete:
+            # A second answer to one request: this peer is out of step.
             self._keep_alive = False
-            return
-        if self._decoder is not None:
-            try:
-                data = self._decoder.decompress(data, _MAX_BODY_BYTES)
-            except zlib.error:
-                self._fail(Outcome.STREAM_ERROR, "the compressed answer is corrupt")
-                return
-        self._body_bytes += len(data)
-        if self._body_bytes > _MAX_BODY_BYTES:
-            self._fail(Outcome.STREAM_ERROR, "the answer exceeds 256 MiB")
-            return
-        exchange.times_s.append(self._now)
-        exchange.pieces.append(data)
+            raise ValueError("an answer that nothing asked for")
 
     def on_message_complete(self) -> None:
         """Called by the parser at the end of an answer, interim (1xx) ones included."""
         exchange = self._exchange
-        if exchange is None:
-            self._keep_alive = False
-            return
-        if exchange.status is None:
+        if exchange is None or exchange.status is None or exchange.complete:
             return
         exchange.complete = True
         exchange.until_close = False
         self._keep_alive = self._keep_alive and self._parser.should_keep_alive()
-        self._end()
 
     # --- ends ------------------------------------------------------------------------------
 
-    def _fail(self, outcome: Outcome, reason: str) -> None:
-        if self._exchange is None:
-            return
-        self._exchange.fault = (outcome, reason)
-        self._end()
-        self.abort()
+    def _fail(self, reason: str) -> None:
+        self._fault = self._fault or (Outcome.STREAM_ERROR, reason)
 
-    def _end(self) -> None:
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.finished_s = self._now
+    def _end(self, at_s: float) -> None:
+        exchange, on_end = self._exchange, self._on_end
+        self._exchange = self._on_end = None
         self._served += 1
-        self.idle_since_s = self._now
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
+        self.idle_since_s = at_s
+        if exchange is None or on_end is None:
+            return
+        exchange.finished_s = at_s
+        if self._fault is not None:
+            exchange.fault = self._fault
+            self.abort()
+        on_end()
 
     def _acknowledged_bytes(self) -> int:
         """Bytes that the peer's kernel has taken in on this connection; -1 if it cannot be told.
@@ -345,22 +385,22 @@ class ConnectionPool:
         """Open ``count`` connections; failures are left for the requests to meet and record."""
         await asyncio.gather(*(self._open_spare() for _ in range(count)))
 
-    async def acquire(self, *, fresh: bool = False) -> Connection:
-        """A connection that is alive as far as this machine can know; OSError if none opens."""
+    def take(self) -> Connection | None:
+        """An idle connection that is alive as far as this machine can know, if there is one."""
         now_s = self._clock()
-        while self._idle and not fresh:
+        taken = None
+        while self._idle and taken is None:
             connection = self._idle.pop()
             if connection.reusable(now_s):
-                break
-            self.discard(connection)
-        else:
-            connection = await self._open()
-        missing = self._spare - len(self._idle) - len(self._openers)
-        for _ in range(missing):
-            task = asyncio.get_running_loop().create_task(self._open_spare())
-            self._openers.add(task)
-            task.add_done_callback(self._openers.discard)
-        return connection
+                taken = connection
+            else:
+                self.discard(connection)
+        if self._spare:
+            for _ in range(self._spare - len(self._idle) - len(self._openers)):
+                task = asyncio.get_running_loop().create_task(self._open_spare())
+                self._openers.add(task)
+                task.add_done_callback(self._openers.discard)
+        return taken
 
     def release(self, connection: Connection) -> None:
         """Give a connection back; it is kept if the server keeps it."""
@@ -388,9 +428,10 @@ class ConnectionPool:
 
     async def _open_spare(self) -> None:
         with contextlib.suppress(OSError):
-            self._idle.append(await self._open())
+            self._idle.append(await self.open())
 
-    async def _open(self) -> Connection:
+    async def open(self) -> Connection:
+        """A fresh connection; OSError (TimeoutError included) if none opens."""
         loop = asyncio.get_running_loop()
         origin = self._origin
         try:

@@ -22,23 +22,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 
-import orjson
 import uvloop
 
 from specwise.domain import ClientHealth, Outcome, RequestRecord
 from specwise.errors import InputError
 from specwise.measurement.connection import (
     Clock,
+    Connection,
     ConnectionPool,
     Exchange,
     parse_origin,
     request_head,
 )
-from specwise.vllm.response import Fault, StreamedResponse, StreamReader, error_message
+from specwise.measurement.outcome import outcome_of, presentable
+from specwise.vllm.response import StreamedResponse, StreamReader
 
-_LAG_PERIOD_S = 0.01
+_TICK_S = 0.01
 _SLICE_PIECES = 128
+_ROUND_TICKS = 50
 _MAX_SPARE = 4
 _OTHER_FILES = 256
 _MAX_FILES = 65536
@@ -177,8 +181,26 @@ def client_limits(
     return tuple(limits)
 
 
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One request on its way: from when it was due to when its exchange has ended."""
+
+    request: PlannedRequest
+    intended_s: float
+    began_s: float
+    exchange: Exchange
+    connected_s: float = 0.0
+    connection: Connection | None = None
+    opening: asyncio.Task[None] | None = None
+
+
 class _Run:
-    """The state of one run; ``execute`` is its only coroutine to start."""
+    """The state of one run; ``execute`` is its only coroutine to start.
+
+    A request costs no task of its own: it is sent from the schedule (open loop) or from the end of
+    the one before (closed loop), ends in a call from its connection, and is read and recorded from
+    a queue, a slice of an answer at a time.
+    """
 
     def __init__(
         self,
@@ -226,8 +248,13 @@ class _Run:
             clock=clock,
             spare=_MAX_SPARE if concurrency is None else 0,
         )
-        self._ended: deque[tuple[PlannedRequest, float, Exchange]] = deque()
-        self._something_ended = asyncio.Event()
+        self._next = 0  # in the plan
+        self._in_flight: dict[_Flight, None] = {}  # the oldest first
+        self._ended: deque[_Flight] = deque()
+        self._slices = self._record_in_slices()
+        self._recording = False
+        self._unparsed: Iterator[_Flight] = iter(())
+        self._tick_due_s = 0.0
         self._all_sent = False
         self._start_s = 0.0
         self._end_s = 0.0
@@ -243,45 +270,57 @@ class _Run:
 
     async def execute(self) -> None:
         """Send everything, record everything, close everything."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = loop.create_future()
         await self._pool.warm_up(min(len(self._plan), self._concurrency or _MAX_SPARE))
         cpu_before_s = time.thread_time()
         self._started_at = datetime.now(UTC).isoformat()
         self._start_s = self._clock()
-        sender = loop.create_task(
-            self._send_on_schedule() if self._concurrency is None else self._send_in_turn()
-        )
-        recorder = loop.create_task(self._record_ended())
-        watcher = loop.create_task(self._watch(sender))
+        self._tick_alarm = _Alarm(partial(self._guard, self._tick))
+        self._send_alarm = _Alarm(partial(self._guard, self._send_due))
+        self._set_tick()
+        if self._concurrency is None:
+            self._send_due()
+        else:
+            for _ in range(self._concurrency):
+                self._send_next()
         try:
-            await self._until_any_done(sender, recorder)
-            if self.interrupted:
-                sender.cancel()
-                await asyncio.wait((sender,))
-            if sender.done() and not sender.cancelled():
-                sender.result()
-            self._all_sent = True
-            self._something_ended.set()
-            await self._until_any_done(recorder)
-            recorder.result()
+            while not self._over.done():
+                try:
+                    await asyncio.wait((self._over,))
+                except asyncio.CancelledError:  # Ctrl-C
+                    self._interrupt()
+            self._over.result()
         finally:
             self._end_s = self._clock()
             self._cpu_s = time.thread_time() - cpu_before_s
-            for task in (sender, recorder, watcher):
-                task.cancel()
-            await asyncio.gather(sender, recorder, watcher, return_exceptions=True)
+            self._tick_alarm.close()
+            self._send_alarm.close()
             await self._pool.close()
 
-    async def _until_any_done(self, *tasks: asyncio.Task[None]) -> None:
-        """Wait for one of the tasks; Ctrl-C ends the wait for more to be sent, not the records."""
-        while True:
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                return
-            except asyncio.CancelledError:
-                self.interrupted = True
-                if len(tasks) > 1:
-                    return
+    def _guard(self, work: Callable[..., None], *arguments: _Flight) -> None:
+        """Do ``work``, called by the event loop; what it raises ends the run."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again by execute
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+
+    def _interrupt(self) -> None:
+        """Send nothing more and record what is in flight as cancelled."""
+        self.interrupted = True
+        self._all_sent = True
+        for flight in tuple(self._in_flight):
+            self._give_up(flight, Outcome.CANCELLED, "the run was stopped")
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        done = self._all_sent and not self._in_flight and not self._recording
+        if done and not self._over.done():
+            self._over.set_result(None)
 
     def result(self) -> LoadRun:
         """What the run says about itself."""
@@ -304,102 +343,138 @@ class _Run:
 
     # --- sending ---------------------------------------------------------------------------
 
-    async def _send_on_schedule(self) -> None:
-        alarm = _Alarm()
-        tasks: set[asyncio.Task[None]] = set()
-        loop = asyncio.get_running_loop()
-        try:
-            for request in self._plan:
-                due_s = self._start_s + (request.intended_s or 0.0)
-                wait_s = due_s - self._clock()
-                if wait_s > 0:
-                    await alarm.sleep(wait_s)
-                task = loop.create_task(self._perform(request, due_s))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            if tasks:
-                await asyncio.wait(tasks)
-        finally:
-            alarm.close()
-            in_flight = tuple(tasks)
-            for task in in_flight:
-                task.cancel()
-            await asyncio.gather(*in_flight, return_exceptions=True)
+    def _send_due(self) -> None:
+        """In an open loop: every request whose time has come; then wait for the next."""
+        while not self._all_sent:
+            request = self._plan[self._next] if self._next < len(self._plan) else None
+            if request is None:
+                self._all_sent = True
+                self._end_if_done()
+                return
+            due_s = self._start_s + (request.intended_s or 0.0)
+            wait_s = due_s - self._clock()
+            if wait_s > 0:
+                self._send_alarm.set(wait_s)
+                return
+            self._next += 1
+            self._begin(request, due_s)
 
-    async def _send_in_turn(self) -> None:
-        waiting = iter(self._plan)
-        loop = asyncio.get_running_loop()
-        clients = [
-            loop.create_task(self._be_client(waiting))
-            for _ in range(min(self._concurrency or 1, len(self._plan)))
-        ]
-        try:
-            await asyncio.gather(*clients)
-        finally:
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+    def _send_next(self) -> None:
+        """In a closed loop: the next request, by a client that has just become free."""
+        if not self._all_sent and self._next < len(self._plan):
+            self._next += 1
+            self._begin(self._plan[self._next - 1], self._clock())
+        else:
+            self._all_sent = True
+            self._end_if_done()
 
-    async def _be_client(self, waiting: Iterator[PlannedRequest]) -> None:
-        for request in waiting:
-            await self._perform(request, self._clock())
+    def _begin(self, request: PlannedRequest, intended_s: float) -> None:
+        flight = _Flight(request, intended_s, self._clock(), Exchange())
+        self._in_flight[flight] = None
+        connection = self._pool.take()
+        if connection is not None:
+            self._send(flight, connection)
+        else:
+            self._open_for(flight)
 
-    async def _perform(self, request: PlannedRequest, intended_s: float) -> None:
-        """One request from its due time to its end; whatever happens becomes its exchange."""
-        exchange = Exchange()
-        began_s = self._clock()
-        connected_s = began_s
-        payload = b"%b%d\r\n\r\n%b" % (self._heads[request.path], len(request.body), request.body)
+    def _open_for(self, flight: _Flight) -> None:
+        """Send a request on a connection of its own."""
+        flight.opening = self._loop.create_task(self._open(flight))
+        flight.opening.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self._fail(error)
+
+    async def _open(self, flight: _Flight) -> None:
+        outcome = Outcome.REFUSED
         try:
-            async with asyncio.timeout(self._target.timeout_s):
-                for fresh in (False, True):
-                    connection = await self._pool.acquire(fresh=fresh)
-                    connected_s = self._clock()
-                    try:
-                        await connection.perform(exchange, payload)
-                    finally:
-                        self._pool.release(connection)
-                    if not exchange.unreached:
-                        break
-                    exchange = Exchange()
+            connection = await self._pool.open()
         except TimeoutError as error:
-            self._fault(exchange, Outcome.TIMEOUT, str(error) or self._timeout_reason(exchange))
-        except asyncio.CancelledError:
-            self._fault(exchange, Outcome.CANCELLED, "the run was stopped")
-            raise
+            outcome, reason = Outcome.TIMEOUT, str(error)
         except ssl.SSLError as error:
             reason = getattr(error, "verify_message", "") or error.reason or "handshake failed"
-            self._fault(exchange, Outcome.REFUSED, f"no TLS connection: {reason}")
+            reason = f"no TLS connection: {reason}"
         except OSError as error:
             # uvloop's own text hides the errno's; a failed name lookup has a text of its own.
             known = isinstance(error, ConnectionError) and error.errno
             reason = os.strerror(error.errno or 0) if known else error.strerror or str(error)
-            self._fault(exchange, Outcome.REFUSED, f"no connection: {reason}")
-        finally:
-            if exchange.sent_s is None:
-                exchange.sent_s = self._clock()
-            else:
-                own_s = exchange.sent_s - intended_s - (connected_s - began_s)
-                self._lateness.append(max(0.0, own_s))
-            self._ended.append((request, intended_s, exchange))
-            self._something_ended.set()
+            reason = f"no connection: {reason}"
+        else:
+            flight.opening = None
+            self._send(flight, connection)
+            return
+        flight.opening = None
+        self._give_up(flight, outcome, reason)
 
-    def _fault(self, exchange: Exchange, outcome: Outcome, reason: str) -> None:
-        exchange.fault = (outcome, reason)
-        exchange.finished_s = self._clock()
+    def _send(self, flight: _Flight, connection: Connection) -> None:
+        request = flight.request
+        body = request.body
+        flight.connected_s = self._clock()
+        flight.connection = connection
+        connection.send(
+            flight.exchange,
+            b"%b%d\r\n\r\n%b" % (self._heads[request.path], len(body), body),
+            partial(self._guard, self._answered, flight),
+        )
 
-    def _timeout_reason(self, exchange: Exchange) -> str:
-        came = "nothing came" if exchange.status is None else "the answer was not complete"
-        return f"{came} within {self._target.timeout_s:g} s"
+    def _answered(self, flight: _Flight) -> None:
+        """A connection says that a request's exchange has ended."""
+        connection, flight.connection = flight.connection, None
+        if connection is not None:
+            self._pool.release(connection)
+        if flight.exchange.unreached:
+            flight.exchange = Exchange()
+            self._open_for(flight)
+        else:
+            self._finish(flight)
+
+    def _give_up(self, flight: _Flight, outcome: Outcome, reason: str) -> None:
+        """End a request from this side, unless what has arrived already ends it."""
+        if flight.opening is not None:
+            flight.opening.cancel()
+        if flight.connection is not None:
+            connection = flight.connection
+            connection.give_up()
+            self._pool.discard(connection)
+        if flight in self._in_flight:
+            flight.exchange.fault = (outcome, reason)
+            flight.exchange.finished_s = self._clock()
+            self._finish(flight)
+
+    def _finish(self, flight: _Flight) -> None:
+        """Hand a request whose exchange has ended to the recorder."""
+        exchange = flight.exchange
+        if exchange.sent_s is None:
+            exchange.sent_s = self._clock()
+        else:
+            waited_s = flight.connected_s - flight.began_s
+            self._lateness.append(max(0.0, exchange.sent_s - flight.intended_s - waited_s))
+        del self._in_flight[flight]
+        self._ended.append(flight)
+        if not self._recording:
+            self._recording = True
+            self._loop.call_soon(self._guard, self._record_slice)
+        if self._concurrency is not None:
+            self._send_next()
 
     # --- recording -------------------------------------------------------------------------
 
-    async def _record_ended(self) -> None:
-        """Read and record what ended, in slices short enough not to delay a time stamp."""
+    def _record_slice(self) -> None:
+        next(self._slices)
+        if self._recording:
+            self._loop.call_soon(self._guard, self._record_slice)
+        else:
+            self._end_if_done()
+
+    def _record_in_slices(self) -> Iterator[None]:
+        """Read and record what ended; pauses often enough not to delay a time stamp."""
         pieces_read = 0
         while True:
             while self._ended:
-                request, intended_s, exchange = self._ended.popleft()
+                flight = self._ended.popleft()
+                exchange = flight.exchange
                 reader = StreamReader(speculative=self._target.speculative)
                 times_s, pieces = exchange.times_s, exchange.pieces
                 for i in range(0, len(pieces), _SLICE_PIECES):
@@ -407,13 +482,12 @@ class _Run:
                     pieces_read += min(_SLICE_PIECES, len(pieces) - i)
                     if pieces_read >= _SLICE_PIECES:
                         pieces_read = 0
-                        await asyncio.sleep(0)
-                self._keep(request, intended_s, exchange, reader.finish(exchange.finished_s))
+                        yield
+                response = reader.finish(exchange.finished_s)
+                self._keep(flight.request, flight.intended_s, exchange, response)
                 pieces_read += _SLICE_PIECES // 4
-            if self._all_sent:
-                return
-            self._something_ended.clear()
-            await self._something_ended.wait()
+            self._recording = False
+            yield
 
     def _keep(
         self,
@@ -437,9 +511,9 @@ class _Run:
         response: StreamedResponse,
     ) -> RequestRecord:
         start_s = self._start_s
-        outcome, error = _outcome(exchange, response)
+        outcome, error = outcome_of(exchange, response)
         if error is not None:
-            error = _presentable(error, self._target.headers, request.body)
+            error = presentable(error, self._target.headers, request.body)
         return RequestRecord(
             index=request.index,
             prompt_id=request.prompt_id,
@@ -465,21 +539,38 @@ class _Run:
 
     # --- watching --------------------------------------------------------------------------
 
-    async def _watch(self, sender: asyncio.Task[None]) -> None:
-        """Measure how late a timer runs, and ask now and then whether to stop."""
-        alarm = _Alarm()
-        ticks = 0
-        try:
-            while True:
-                due_s = self._clock() + _LAG_PERIOD_S
-                await alarm.sleep(_LAG_PERIOD_S)
-                self._lags.append(max(0.0, self._clock() - due_s))
-                ticks += 1
-                if ticks % 10 == 0 and not self.interrupted and self._stop():
-                    self.interrupted = True
-                    sender.cancel()
-        finally:
-            alarm.close()
+    def _set_tick(self) -> None:
+        self._tick_due_s = self._clock() + _TICK_S
+        self._tick_alarm.set(_TICK_S)
+
+    def _tick(self) -> None:
+        """Measure how late a timer runs; see to what no event brings about."""
+        now_s = self._clock()
+        self._lags.append(max(0.0, now_s - self._tick_due_s))
+        if len(self._lags) % 10 == 0 and not self.interrupted and self._stop():
+            self._interrupt()
+        self._give_up_late(now_s)
+        # What has arrived stays unparsed for no longer than it takes to go round all in flight.
+        flights = tuple(islice(self._unparsed, 1 + len(self._in_flight) // _ROUND_TICKS))
+        if not flights:
+            self._unparsed = iter(tuple(self._in_flight))
+        for flight in flights:
+            if flight.connection is not None:
+                flight.connection.catch_up()
+        self._set_tick()
+
+    def _give_up_late(self, now_s: float) -> None:
+        timeout_s = self._target.timeout_s
+        late = []
+        for flight in self._in_flight:
+            if now_s - flight.began_s < timeout_s:
+                break
+            late.append(flight)
+        for flight in late:
+            came = (
+                "nothing came" if flight.exchange.status is None else "the answer was not complete"
+            )
+            self._give_up(flight, Outcome.TIMEOUT, f"{came} within {timeout_s:g} s")
 
 
 def _make_room_for_connections(count: int) -> None:
@@ -508,27 +599,25 @@ def _make_room_for_connections(count: int) -> None:
 
 
 class _Alarm:
-    """Sleeps to the microsecond: event loops round their timers to a millisecond.
+    """Calls back after a time kept to the microsecond: event loops round theirs to a millisecond.
 
     A Linux timerfd, by way of the C library where Python (before 3.13) has no call for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_time: Callable[[], None]) -> None:
+        self._on_time = on_time
         self._loop = asyncio.get_running_loop()
         self._fd = _LIBC.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create failed")
-        self._waiter: asyncio.Future[None] | None = None
         self._loop.add_reader(self._fd, self._fire)
 
-    async def sleep(self, delay_s: float) -> None:
-        """Return ``delay_s`` seconds (at least a microsecond) from now."""
-        nanoseconds = max(1000, int(delay_s * 1e9))
-        setting = struct.pack("@llll", 0, 0, *divmod(nanoseconds, 10**9))
-        self._waiter = self._loop.create_future()
+    def set(self, delay_s: float) -> None:
+        """Call back ``delay_s`` seconds (at least a microsecond) from now, once."""
+        seconds, nanoseconds = divmod(max(1000, int(delay_s * 1e9)), 10**9)
+        setting = _TIMER_SETTING.pack(0, 0, seconds, nanoseconds)
         if _LIBC.timerfd_settime(self._fd, 0, setting, None) != 0:
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
-        await self._waiter
 
     def close(self) -> None:
         """Release the timer."""
@@ -537,10 +626,10 @@ class _Alarm:
 
     def _fire(self) -> None:
         os.read(self._fd, 8)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._on_time()
 
 
+_TIMER_SETTING = struct.Struct("@llll")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -550,67 +639,3 @@ def percentile(values: Sequence[float], share: float) -> float:
         return 0.0
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
-
-
-def _outcome(exchange: Exchange, response: StreamedResponse) -> tuple[Outcome, str | None]:
-    """How a request ended, and the reason (not yet redacted) if not well."""
-    status = exchange.status
-    if status is not None and status != 200:
-        return Outcome.HTTP_ERROR, f"HTTP {status}: {_http_reason(exchange, status)}"
-    stopped = exchange.fault is not None and exchange.fault[0] is not Outcome.CUT
-    if response.fault is not None and not stopped:
-        return Outcome.STREAM_ERROR, _fault_reason(response.fault)
-    if exchange.fault is not None:
-        return exchange.fault
-    if exchange.until_close and not response.done:
-        return Outcome.CUT, "the server closed the connection before the stream was complete"
-    if not response.done and (response.finish_reason is None or response.incomplete):
-        kind = exchange.headers.get(b"content-type", b"?").decode("latin-1").split(";")[0]
-        reason = (
-            "the stream ended without a finish reason or [DONE]"
-            if response.chunk_s
-            else f"the answer ({kind}) is not a stream of completion chunks"
-        )
-        return Outcome.STREAM_ERROR, reason
-    return Outcome.OK, None
-
-
-def _fault_reason(fault: Fault) -> str:
-    if not fault.by_server:
-        return fault.message
-    return f"the server reported an error in the stream: {fault.message or 'no message'}"
-
-
-def _http_reason(exchange: Exchange, status: int) -> str:
-    if 300 <= status < 400:
-        place = exchange.headers.get(b"location", b"?").decode("latin-1").split("?")[0]
-        return f"redirect to {place} not followed: give the final address"
-    body = b"".join(exchange.pieces[:64])[:65536]
-    try:
-        message = error_message(orjson.loads(body))
-    except orjson.JSONDecodeError:
-        message = ""
-    return message or body[:200].decode("utf-8", "replace").strip() or "no message"
-
-
-def _presentable(message: str, headers: Mapping[str, str], request_body: bytes) -> str:
-    """A message fit for a study: one line, short, without header values or parts of the prompt."""
-    text = " ".join(message.split())[:2000]
-    for value in headers.values():
-        for secret in (value, *value.split()):
-            if len(secret) > 5:
-                text = text.replace(secret, "[redacted]")
-    sent = " ".join(request_body.decode("utf-8", "replace").replace("\\n", " ").split())
-    width = 24
-    hidden = [False] * len(text)
-    for i in range(len(text) - width + 1):
-        if text[i : i + width] in sent:
-            hidden[i : i + width] = [True] * width
-    shown: list[str] = []
-    for character, hide in zip(text, hidden, strict=True):
-        if not hide:
-            shown.append(character)
-        elif not shown or shown[-1] != "[request text]":
-            shown.append("[request text]")
-    short = "".join(shown)
-    return short if len(short) <= 300 else short[:299] + "…"

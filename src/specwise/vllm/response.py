@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice, pairwise
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -20,6 +21,7 @@ from specwise.domain import AcceptanceCounts, AcceptanceSource, Api
 
 _PATHS = {Api.CHAT: "/v1/chat/completions", Api.COMPLETIONS: "/v1/completions"}
 _MAX_EVENT_BYTES = 8 * 2**20
+_MAX_LEARNT = 4
 
 
 def endpoint(api: Api) -> str:
@@ -224,6 +226,8 @@ class StreamReader:
         self._acceptance: AcceptanceCounts | None = None
         self._fault: Fault | None = None
         self._done = False
+        self._form: _ChunkForm | None = None
+        self._learnt = 0
 
     def feed(self, at_s: float, data: bytes) -> None:
         """Take the bytes that arrived at ``at_s``."""
@@ -231,14 +235,93 @@ class StreamReader:
 
     def feed_all(self, times_s: Sequence[float], pieces: Sequence[bytes]) -> None:
         """Take several pieces: ``pieces[i]`` arrived at ``times_s[i]``."""
-        for at_s, data in zip(times_s, pieces, strict=True):
-            if data[:7] == b"data: {" and not self._rest and not self._skip_line_feed:
-                payload = data[6:-2]
-                if data[-2:] == b"\n\n" and 10 not in payload and 13 not in payload:
-                    # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
-                    self._take(at_s, parse_event(payload))
-                    continue
+        i = 0
+        while i < len(pieces):
+            if self._rest or self._skip_line_feed or not self._started:
+                self._feed_any(times_s[i], pieces[i])
+                i += 1
+                continue
+            i += self._feed_alike(times_s, pieces, i)
+            if i < len(pieces):
+                self._feed_whole(times_s[i], pieces[i])
+                i += 1
+
+    def _feed_alike(self, times_s: Sequence[float], pieces: Sequence[bytes], start: int) -> int:
+        """Take the pieces from ``start`` on that are events of the known form; returns how many.
+
+        Nothing is taken, and the form forgotten, if one of them proves not to be one.
+        """
+        form = self._form
+        if form is None or self._done:
+            return 0
+        head, middle, between, end = form.head, form.middle, form.between, form.end
+        head_bytes = len(head)
+        texts, counts = [], []
+        for data in islice(pieces, start, None):
+            if data[:head_bytes] != head:
+                break
+            text, found, rest = data[head_bytes:].partition(middle)
+            if not found:
+                break
+            texts.append(text)
+            counts.append(rest)
+        if not texts:
+            return 0
+        try:
+            read_texts = orjson.loads(b'["%b"]' % b'","'.join(texts))
+            numbers = b"".join(counts).replace(between, b",").replace(end, b",")
+            read_counts = orjson.loads(b"[%b0]" % numbers)
+        except orjson.JSONDecodeError:
+            read_texts = read_counts = []
+        if (
+            len(read_texts) != len(texts)
+            or len(read_counts) != 2 * len(texts) + 1
+            or set(map(type, read_counts)) != {int}
+        ):
+            self._form = None
+            return 0
+        self._take_alike(
+            times_s[start : start + len(texts)], read_texts, read_counts[1::2], form.prompt_tokens
+        )
+        return len(texts)
+
+    def _take_alike(
+        self,
+        times_s: Sequence[float],
+        texts: list[str],
+        output_tokens: list[int],
+        prompt_tokens: int | None,
+    ) -> None:
+        """What ``_take`` does, for Deltas that have counts and no finish reason."""
+        tokens = [now - before for before, now in pairwise((self._running_tokens, *output_tokens))]
+        self._running_tokens = self._output_tokens = output_tokens[-1]
+        self._prompt_tokens = prompt_tokens
+        if not all(texts) and not all(tokens):
+            carrying = [i for i, text in enumerate(texts) if text or tokens[i]]
+            times_s = [times_s[i] for i in carrying]
+            texts = [texts[i] for i in carrying]
+            tokens = [tokens[i] for i in carrying]
+        self._chunk_s.extend(times_s)
+        self._tokens.extend(tokens)
+        self._texts.extend(texts)
+
+    def _feed_whole(self, at_s: float, data: bytes) -> None:
+        """Take a piece before which no event is unfinished."""
+        payload = data[6:-2]
+        if not (
+            data.startswith(b"data: ")
+            and data.endswith(b"\n\n")
+            and 10 not in payload
+            and 13 not in payload
+        ):
             self._feed_any(at_s, data)
+            return
+        # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
+        event = Done() if payload == b"[DONE]" else parse_event(payload)
+        self._take(at_s, event)
+        if self._form is None and self._learnt < _MAX_LEARNT and type(event) is Delta:
+            self._form = _form_of(data, event)
+            self._learnt += self._form is not None
 
     def _feed_any(self, at_s: float, data: bytes) -> None:
         if self._skip_line_feed and data:
@@ -331,8 +414,56 @@ class StreamReader:
             self._done = True
 
     def _tokens_per_chunk(self) -> tuple[int, ...] | None:
-        counts = [n for n in self._tokens if n is not None and n >= 0]
-        return tuple(counts) if counts and len(counts) == len(self._tokens) else None
+        if not self._tokens or None in self._tokens:
+            return None
+        counts = cast("list[int]", self._tokens)
+        return tuple(counts) if min(counts) >= 0 else None
+
+
+class _ChunkForm(NamedTuple):
+    """What the chunks of one answer have in common: all but their text and two token counts.
+
+    A chunk is ``head`` text ``middle`` total tokens ``between`` output tokens ``end``.
+    """
+
+    head: bytes
+    middle: bytes
+    between: bytes
+    end: bytes
+    prompt_tokens: int | None
+
+
+def _form_of(data: bytes, event: Delta) -> _ChunkForm | None:
+    """The form of ``data``, an SSE event whose meaning is ``event``; None if it cannot serve.
+
+    What stands in the three places cannot change the meaning of the rest, so long as it is the
+    inside of a JSON string and two JSON integers. That these are the places which matter is
+    tried out: with other values in them, the event must read as just these values.
+    """
+    if not event.text or event.output_tokens is None or event.finish_reason is not None:
+        return None
+    text = orjson.dumps(event.text)[1:-1]
+    for name in (b'"content":"', b'"text":"'):
+        head, found, rest = data.partition(name + text + b'"')
+        if found:
+            break
+    else:
+        return None
+    middle, found, rest = rest.partition(b'"total_tokens":')
+    _, comma, rest = rest.partition(b",")
+    between, found_too, end = rest.partition(b'"completion_tokens":%d' % event.output_tokens)
+    if not (found and comma and found_too):
+        return None
+    form = _ChunkForm(
+        head + name,
+        b'"' + middle + found,
+        comma + between + b'"completion_tokens":',
+        end,
+        event.prompt_tokens,
+    )
+    trial = form.head + b"trial" + form.middle + b"7" + form.between + b"9" + form.end
+    expected = Delta("trial", None, 9, event.prompt_tokens, opens=False)
+    return form if parse_event(trial[6:-2]) == expected else None
 
 
 def read_stream(data: bytes, *, at_s: float = 0.0, speculative: bool = False) -> StreamedResponse:
