@@ -217,3 +217,11 @@ def test_an_unfinished_sweep_says_that_production_is_missing() -> None:
     assert prose.at_production is None
     assert prose.flattering() == ()
     assert any("was not measured" in w for w in result.warnings)
+
+
+def test_a_surely_higher_rate_flatters_even_within_one_class() -> None:
+    study = experiment_study(experiment_design("temperature"), accepting(0.35, at_zero=0.6))
+    result = swept(study)
+    (warning,) = [w for w in result.warnings if "prose" in w]
+    assert "(off); production's T=0.8 has 0." in warning
+    assert warning.endswith("(off).")

@@ -104,12 +104,16 @@ class TemperatureLine:
         return next((point for point in self.points if point.production), None)
 
     def flattering(self) -> tuple[TemperaturePoint, ...]:
-        """Points whose rate promises a better class than production's does (req B3)."""
+        """Points that flatter (req B3): a better class than production's, or surely a higher rate."""
         own = self.at_production
         if own is None:
             return ()
         order: tuple[Class, ...] = ("off", "break-even", "likely a win")
-        return tuple(p for p in self.points if order.index(p.klass) > order.index(own.klass))
+        return tuple(
+            p
+            for p in self.points
+            if order.index(p.klass) > order.index(own.klass) or p.rate.low > own.rate.high
+        )
 
 
 @dataclass(frozen=True, slots=True)
