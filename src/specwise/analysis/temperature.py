@@ -104,7 +104,7 @@ class TemperatureLine:
         return next((point for point in self.points if point.production), None)
 
     def flattering(self) -> tuple[TemperaturePoint, ...]:
-        """Points that flatter (req B3): a better class than production's, or surely a higher rate."""
+        """Points with a better class than production's or surely a higher rate (req B3)."""
         own = self.at_production
         if own is None:
             return ()

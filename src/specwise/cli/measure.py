@@ -120,9 +120,11 @@ def open_folder(path: Path, design: StudyDesign, text: str) -> StudyFolder:
 
 def run(folder: StudyFolder, base: Path, *, quiet: bool = False) -> None:
     """Conduct the study with progress on the terminal; Ctrl-C stops it cleanly."""
-    from specwise.analysis.ladder import trials_to_skip  # noqa: PLC0415 - scipy loads here
+    skip = None
+    if folder.design.experiment == "ladder":
+        from specwise.analysis.ladder import trials_to_skip  # noqa: PLC0415 - scipy loads here
 
-    skip = trials_to_skip if folder.design.experiment == "ladder" else None
+        skip = trials_to_skip
     with interruptible() as stop:
         conduct(folder, base=base, listener=_listener(quiet), stop=stop, skip=skip)
 
