@@ -149,7 +149,6 @@ def test_neither_names_nor_order_matter(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth = model(rng, prompts=2, positions=3, vocabulary=4)
     first, second = draw(rng, truth, 25), draw(rng, truth, 25)
-    renamed = rng.permutation(4)
 
     def statistics(samples: list[PromptSamples]) -> list[float]:
         tests = permutation_tests(samples, rng=np.random.default_rng(0), deals=9).tests
@@ -157,10 +156,24 @@ def test_neither_names_nor_order_matter(seed: int) -> None:
 
     plain = statistics(pair_up(first, second))
     assert statistics(pair_up(second, first)) == pytest.approx(plain)
-    renamed_samples = pair_up([renamed[a] for a in first], [renamed[b] for b in second])
-    assert statistics(renamed_samples) == pytest.approx(plain)
+    # In their order: rare tokens are put into lots by frequency, then by token id.
+    renamed = pair_up([7 * a + 3 for a in first], [7 * b + 3 for b in second])
+    assert statistics(renamed) == pytest.approx(plain)
     shuffled = pair_up([rng.permutation(a) for a in first], [rng.permutation(b) for b in second])
     assert statistics(shuffled) == pytest.approx(plain)
+
+
+def test_rare_tokens_are_lumped_so_that_none_is_lost_and_no_lot_is_small() -> None:
+    rng = np.random.default_rng(4)
+    for concentration in (0.02, 0.2, 5.0):
+        codes = rng.choice(300, size=400, p=rng.dirichlet(np.full(300, concentration)))
+        indicators = two_sample._indicators(codes)
+        assert (indicators.sum(axis=1) == 1).all()
+        sizes = indicators.sum(axis=0)
+        frequent = np.unique(codes, return_counts=True)[1] >= two_sample.RARE
+        assert (sizes[: frequent.sum()] >= two_sample.RARE).all()
+        assert (sizes[frequent.sum() : -1] >= 0.1 * 400).all()
+        assert len(sizes) <= frequent.sum() + 11
 
 
 def test_holm() -> None:
@@ -321,6 +334,16 @@ def test_the_samples_it_asks_for_are_enough_and_the_detectable_effect_is_detecte
     assert enough.detectable == pytest.approx(0.15, abs=0.03)
     again = compared(pair_up(draw(rng, truth, 40), draw(rng, truth, 40)), few.detectable)
     assert again.power == pytest.approx(0.9, abs=0.12)
+
+
+def test_a_change_among_rare_tokens_is_seen() -> None:
+    """Hundreds of equally rare tokens, of which the changed server never says half."""
+    rng = np.random.default_rng(17)
+    full = rng.integers(0, 400, size=(300, 4))
+    half = rng.integers(0, 200, size=(300, 4))
+    assert rejected([PromptSamples(full, half)]) >= {TOKENS}
+    other = rng.integers(0, 400, size=(300, 4))
+    assert rejected([PromptSamples(full, other)]) == set()
 
 
 def test_outputs_without_choice_leave_no_room() -> None:

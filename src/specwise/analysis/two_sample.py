@@ -16,8 +16,9 @@ Four statistics share the false-alarm rate by Holm's method:
 - ``sequence``: the difference of the mean log frequency of a sequence's tokens: one number that
   moves when outputs become more, or less, typical (a wrong temperature, a lossy acceptance rule).
 
-Tokens seen fewer than `RARE` times in both samples of a prompt together count as one category.
-That choice depends on the pooled sample only, which keeps the tests exact.
+Tokens seen fewer than `RARE` times in both samples of a prompt together are lumped, in the order of
+their frequency, into lots of a share `LOT` of the sample. That choice depends on the pooled sample
+only, which keeps the tests exact.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from specwise.domain import PermutationTest, PositionDistance, SamplingCompariso
 
 ENDED: Final = -1  # the token code after the end of a sequence
 RARE: Final = 10
+LOT: Final = 0.1
 DEALS: Final = 1999
 SIMULATIONS: Final = 300
 POWER_WANTED: Final = 0.9
@@ -125,7 +127,7 @@ def compare_samples(
         power_wanted=POWER_WANTED,
         detectable=power.detectable(draws),
         samples_needed=power.samples_needed(effect, draws),
-        room=float(np.mean([1 - p.max() for shift in shifts for p in shift.probabilities])),
+        room=float(np.mean([_room(sample) for sample in samples])),
     )
 
 
@@ -172,6 +174,13 @@ def permutation_tests(
         ),
         null_tokens=null[1],
     )
+
+
+def _room(sample: PromptSamples) -> float:
+    """Mean share of all but the most frequent token at the positions after the first."""
+    pooled = np.concatenate([sample.baseline, sample.candidate])
+    tops = [np.unique(column, return_counts=True)[1].max() for column in pooled.T[1:]]
+    return float(1 - np.mean(tops) / len(pooled))
 
 
 def p_value(observed: float, null: Floats) -> float:
@@ -221,18 +230,25 @@ def _pair_cells(sample: PromptSamples) -> _Cells:
 
 
 def _cells(columns: Sequence[Codes]) -> _Cells:
-    """Indicator columns of each column's categories; the last of each cell is all rare codes."""
-    blocks: list[Floats] = []
-    first = [0]
-    for codes in columns:
-        _, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
-        frequent = counts >= RARE
-        place = np.where(frequent, np.cumsum(frequent) - 1, frequent.sum())
-        block = np.zeros((len(codes), int(frequent.sum()) + 1))
-        block[np.arange(len(codes)), place[inverse.reshape(-1)]] = 1
-        blocks.append(block)
-        first.append(first[-1] + block.shape[1])
-    return _Cells(np.concatenate(blocks, axis=1), tuple(first))
+    """Indicator columns of each column's categories; the last of each cell takes what is left."""
+    blocks = [_indicators(codes) for codes in columns]
+    widths = np.cumsum([0, *(block.shape[1] for block in blocks)])
+    return _Cells(np.concatenate(blocks, axis=1), tuple(int(width) for width in widths))
+
+
+def _indicators(codes: Codes) -> Floats:
+    """(sequences, categories): each frequent code on its own, the others in lots of like size."""
+    _, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    place = np.empty(len(counts), dtype=np.int64)
+    category, held = 0, 0
+    for code in np.argsort(-counts, kind="stable"):
+        place[code] = category
+        held += counts[code]
+        if counts[code] >= RARE or held >= max(RARE, len(codes) * LOT):
+            category, held = category + 1, 0
+    indicators = np.zeros((len(codes), category + 1))
+    indicators[np.arange(len(codes)), place[inverse.reshape(-1)]] = 1
+    return indicators
 
 
 def _paired(left: Codes, right: Codes) -> Codes:
@@ -413,7 +429,7 @@ def _moved(
     share = min(1.0, effect / losing) if losing else 0.0
     leave[:, ~gaining] = rng.binomial(counts[:, ~gaining].astype(np.int64), share)
     gain = p * gaining
-    # Nothing ever seen on the gaining side: what moves is new, and lands in the rare category.
+    # Nothing ever seen on the gaining side: what moves is new, and lands in the last category.
     gain = gain / gain.sum() if gain.any() else np.eye(len(p))[-1]
     arrive = rng.multinomial(leave.sum(axis=1).astype(np.int64), gain)
     return np.asarray(counts - leave + arrive)

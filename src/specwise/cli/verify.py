@@ -183,7 +183,7 @@ def verify(
     except KeyboardInterrupt:
         raise StoppedError("Stopped; results of arms that were finished are kept.") from None
     if folder is None:
-        shutil.rmtree(logs)
+        shutil.rmtree(logs, ignore_errors=True)
     if as_json:
         import orjson  # noqa: PLC0415
 
