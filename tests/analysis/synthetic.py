@@ -66,6 +66,7 @@ class Truth:
         default_factory=lambda: {"draft_model": DRAFT_MODEL, "ngram": NGRAM}
     )
     ttft_ratio: Mapping[str, float] = field(default_factory=dict)
+    acceptance: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: ACCEPTANCE)
     trial_sd: float = 0.02
     request_sd: float = 0.06
     failure_share: Mapping[str, float] = field(default_factory=dict)
@@ -257,7 +258,7 @@ def _request(
     speedup = 1.0
     if speculation is not None:
         speedup = _nearest(truth.speedup[arm.name][segment], load)
-    accepts = ACCEPTANCE.get(arm.name, {}).get(segment, 0.6)
+    accepts = truth.acceptance.get(arm.name, {}).get(segment, 0.6)
     steps: list[int] = []
     carried = [1]
     while sum(carried) < tokens:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 from specwise.analysis.comparison import Direction, Effect
-from specwise.decision.findings import ERROR_RATE, Findings, describe
+from specwise.decision.findings import ERROR_RATE, Findings, describe, listed
 from specwise.decision.rules import Condition, Status, by_sign, condition
-from specwise.domain import Loop
+from specwise.domain import LoadPoint, Loop
+from specwise.facts.published import similar_speedups
 
 SIDE: dict[Direction, Status] = {"better": "pass", "worse": "fail", "undecided": "unknown"}
 HARMLESS, TTFT_LIMIT = 1.10, 1.50  # candidate / baseline: no worse; too much without an SLO limit
@@ -43,7 +44,7 @@ def of_the_effects(findings: Findings, arm: str) -> Iterator[Condition]:
     yield _crossover(findings, arm, scope)
     yield _schedule(findings, arm, scope)
     yield _method(findings, arm, scope)
-    yield _published(scope)
+    yield _published(findings, arm, scope)
 
 
 def _by_effect(rule: str, scope: str, effect: Effect | None, source: str = "") -> Condition:
@@ -171,9 +172,44 @@ def _method(findings: Findings, arm: str, scope: str) -> Condition:
     )
 
 
-def _published(scope: str) -> Condition:
-    """Other people's figures beside the user's own: agreement or not, never a verdict."""
-    return condition("B4", scope, "nothing published for this method and load", "unknown")
+def _published(findings: Findings, arm: str, scope: str) -> Condition:
+    """Other people's figures beside the user's own: agreement or not, never a verdict (req B4)."""
+    load = findings.design.production_load
+    speculation = findings.design.arm(arm).speculation
+    effect = findings.effect("speedup", arm, findings.production, load)
+    method = speculation.method if speculation else ""
+    found = sorted(published_at(method, load))
+    if not found or effect is None:
+        return condition("B4", scope, f"nothing published for {method} at {load.label}", "unknown")
+    low, high = found[0], found[-1]
+    span = f"{low[0]:.2f}x" if low == high else f"{low[0]:.2f}x to {high[0]:.2f}x"
+    sources = listed(list(dict.fromkeys(source for _, source in found)))
+    same: bool | None = None
+    if effect.direction != "undecided":
+        better = effect.direction == "better"
+        same = all((value > 1) == better for value, _ in found) or None
+    return condition(
+        "B4",
+        scope,
+        f"yours {describe(effect)}; published, another system: {span} ({sources})",
+        by_sign(same),
+        evidence=effect.trial_ids,
+    )
+
+
+def published_at(method: str, load: LoadPoint) -> list[tuple[float, str]]:
+    """Published speedups of the method at a load up to twice or half as high, with their sources.
+
+    A concurrency is held against published batch sizes, a rate against published rates.
+    """
+    axis = "batch" if load.loop is Loop.CLOSED else "qps"
+    return [
+        (speedup, series.source.reference)
+        for series in similar_speedups(method)
+        if series.load == axis
+        for at, speedup in series.points
+        if 0.5 <= at / load.value <= 2.0
+    ]
 
 
 def _speedup_trials(findings: Findings, arm: str) -> tuple[str, ...]:
