@@ -6,6 +6,7 @@ They need the embedded engine; without it the tests fail and name the command th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,5 +57,16 @@ def baseline_server(deployment: Deployment, logs: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def drafting_server(deployment: Deployment, drafting: Speculation, logs: Path) -> Iterator[Server]:
     with Server.start(deployment, drafting, log_path=logs / "draft_model.log") as server:
+        server.wait_ready()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def unrepaired_server(
+    deployment: Deployment, drafting: Speculation, logs: Path
+) -> Iterator[Server]:
+    """The CPU build as its authors shipped it: it samples from the wrong distribution."""
+    unrepaired = replace(deployment, environment={"SPECWISE_ENGINE_REPAIRS": "none"})
+    with Server.start(unrepaired, drafting, log_path=logs / "unrepaired.log") as server:
         server.wait_ready()
         yield server

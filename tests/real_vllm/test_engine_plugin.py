@@ -136,19 +136,13 @@ def drafting_samples(drafting_server: Server) -> np.ndarray[Any, Any]:
 
 
 def test_without_the_repair_sampling_is_wrong(
-    deployment: Deployment,
-    drafting: Speculation,
-    baseline_samples: np.ndarray[Any, Any],
-    tmp_path: Path,
+    unrepaired_server: Server, baseline_samples: np.ndarray[Any, Any], logs: Path
 ) -> None:
     """What the repair is for, and proof that the test above can fail."""
-    unrepaired = replace(deployment, environment={"SPECWISE_ENGINE_REPAIRS": "none"})
-    with Server.start(unrepaired, drafting, log_path=tmp_path / "log") as server:
-        server.wait_ready()
-        samples = _sampled_tokens(server)
+    samples = _sampled_tokens(unrepaired_server)
     assert (
         "repair 'sampling' not applied: SPECWISE_ENGINE_REPAIRS=none"
-        in (tmp_path / "log").read_text()
+        in (logs / "unrepaired.log").read_text()
     )
     assert _excess_distance(baseline_samples[:, 2], samples[:, 2]) > 10
 
