@@ -5,7 +5,6 @@ import socket
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -37,20 +36,12 @@ class Wire:
 
 
 @contextmanager
-def connection(*, eager: bool = False) -> Iterator[Connection]:
+def connection() -> Iterator[Connection]:
     """A connection whose clock says 0, 1, 2, ... to the reads it is given."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         made = Connection(lambda: 0.0, ours)
         made.connection_made(Wire())  # type: ignore[arg-type]
-        if eager:
-            received = made.data_received
-
-            def receive_and_parse(data: bytes) -> None:
-                received(data)
-                made.catch_up()
-
-            made.data_received = receive_and_parse  # type: ignore[method-assign]
         yield made
 
 
@@ -104,36 +95,18 @@ def test_a_chunks_time_is_that_of_the_read_with_its_last_byte(
     read_ends = list(itertools.accumulate(map(len, reads)))
     expected = tuple(float(bisect_left(read_ends, at + 1)) for at in last_bytes)
 
-    for eager in (False, True):
-        with connection(eager=eager) as made:
-            exchange, ends = receive(made, reads)
-            assert ends == 1
-            assert made.kept_alive
-        assert exchange.complete
-        assert exchange.fault is None
-        assert exchange.finished_s == len(reads) - 1
-        reader = StreamReader()
-        reader.feed_all(exchange.times_s, exchange.pieces)
-        response = reader.finish(exchange.finished_s)
-        assert response.chunk_s == expected
-        assert response.done
-
-
-def test_chunks_wait_unparsed_until_the_answer_ends() -> None:
     with connection() as made:
-        exchange, ends = receive(made, [HEAD, b"3\r\nabc\r\n", b"3\r\ndef\r\n"])
-        assert (exchange.status, exchange.pieces, ends) == (200, [], 0)
-        made.data_received(END)
-    assert exchange.pieces == [b"abc", b"def"]
-    assert exchange.times_s == [1.0, 2.0]
-    assert exchange.finished_s == 3.0
-
-
-def test_no_more_than_so_many_reads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_MAX_KEPT_READS", 4)
-    with connection() as made:
-        exchange, _ = receive(made, [HEAD] + [b"1\r\nx\r\n"] * 9)
-        assert len(exchange.pieces) == 8
+        exchange, ends = receive(made, reads)
+        assert ends == 1
+        assert made.kept_alive
+    assert exchange.complete
+    assert exchange.fault is None
+    assert exchange.finished_s == len(reads) - 1
+    reader = StreamReader()
+    reader.feed_all(exchange.times_s, exchange.pieces)
+    response = reader.finish(exchange.finished_s)
+    assert response.chunk_s == expected
+    assert response.done
 
 
 @pytest.mark.parametrize(
@@ -148,16 +121,25 @@ def test_a_body_without_end_is_given_up(head: bytes, monkeypatch: pytest.MonkeyP
     assert exchange.pieces == []
 
 
-@pytest.mark.parametrize("caught_up_by", ["catch_up", "give_up", "connection_lost"])
-def test_malformed_chunks_are_found_whichever_way_the_answer_ends(caught_up_by: str) -> None:
+def test_malformed_chunks_end_the_answer() -> None:
     with connection() as made:
         exchange, ends = receive(made, [HEAD, b"3\r\nabc\r\n", b"zz\r\n", b"3\r\ndef\r\n"])
-        assert ends == 0
-        arguments: list[Any] = [None] if caught_up_by == "connection_lost" else []
-        getattr(made, caught_up_by)(*arguments)
+        assert not made.kept_alive
+    assert ends == 1
     assert exchange.fault == (Outcome.STREAM_ERROR, "the answer is not valid HTTP/1.1")
     assert exchange.pieces == [b"abc"]
     assert exchange.finished_s == 2.0
+
+
+def test_what_was_given_up_never_ends() -> None:
+    with connection() as made:
+        exchange, _ = receive(made, [HEAD, b"3\r\nabc\r\n"])
+        made.give_up()
+        made.connection_lost(None)
+        assert not made.kept_alive
+    assert exchange.pieces == [b"abc"]
+    assert exchange.fault is None
+    assert not exchange.complete
 
 
 def test_what_arrived_before_a_cut_is_kept() -> None:
@@ -174,7 +156,6 @@ def test_what_arrived_before_a_cut_is_kept() -> None:
 def test_what_follows_an_answer_spoils_the_connection_only(reads: list[bytes]) -> None:
     with connection() as made:
         exchange, _ = receive(made, reads)
-        made.catch_up()
         assert not made.kept_alive
     assert exchange.complete
     assert exchange.fault is None

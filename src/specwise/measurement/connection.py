@@ -1,12 +1,9 @@
 """HTTP/1.1 connections that time-stamp what arrives: an asyncio protocol and a keep-alive pool.
 
-Each socket read is kept as it came, with its time, and the HTTP parser is given the reads later
-where that changes nothing: a stream's chunks wait for its end, so that a chunk costs a clock and
-two list entries when it arrives. The parser sees every read on its own, therefore each piece of
-the body has the time of the read that completed it, however late it was parsed. Heads, and bodies
-in any form but a chunked, uncompressed one, are parsed as they come.
-
-Nothing is interpreted here beyond HTTP's own framing.
+A chunk of a stream costs three things when it arrives: a look at the clock, the HTTP parser's pass
+over it, and an entry in each of two lists. The parser is a library's, in C, and puts the pieces of
+the body straight into their list. Nothing is interpreted here beyond HTTP's own framing: reading
+the stream waits until it costs no one else's time stamp.
 """
 
 from __future__ import annotations
@@ -34,9 +31,6 @@ Clock = Callable[[], float]
 # uvicorn, which serves vLLM, closes a connection after 5 s without a request: stay clear of that.
 _MAX_IDLE_S = 3.0
 _MAX_BODY_BYTES = 256 * 2**20
-# A chunked body ends with these bytes, and nothing else that vLLM sends ends so.
-_END_OF_CHUNKED = b"\r\n\r\n"
-_MAX_KEPT_READS = 256
 _CONNECT_TIMEOUT_S = 20.0
 
 
@@ -133,12 +127,13 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._exchange: Exchange | None = None
         self._on_end: Callable[[], None] | None = None
-        self._read_s: list[float] = []
-        self._reads: list[bytes] = []
-        self._may_wait = False
+        self._feed: Callable[[bytes], None] = self._refuse
+        self._times_s: list[float] = []
+        self._pieces: list[bytes] = []
+        self._room_bytes = 0
+        self._needs_attention = False
         self._decoder: Any = None
         self._decoded = 0
-        self._body_bytes = 0
         self._fault: tuple[Outcome, str] | None = None
         self._keep_alive = True
         self._acked_before = -1
@@ -151,12 +146,15 @@ class Connection(asyncio.Protocol):
         """Send ``request``; call ``on_end`` when ``exchange`` holds the answer or its fault."""
         self._exchange = exchange
         self._on_end = on_end
+        self._times_s, self._pieces = exchange.times_s, exchange.pieces
         # The parser looks this up once: body pieces go to their list without a call of ours.
         self.on_body = exchange.pieces.append
         self._parser = httptools.HttpResponseParser(self)
-        self._may_wait = False
+        self._feed = self._parser.feed_data
+        self._room_bytes = _MAX_BODY_BYTES
+        self._needs_attention = False
         self._decoder = None
-        self._decoded = self._body_bytes = 0
+        self._decoded = 0
         self._fault = None
         self._acked_before = self._acknowledged_bytes() if self._served else -1
         exchange.sent_s = self._clock()
@@ -166,9 +164,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(request)
 
     def give_up(self) -> None:
-        """Close at once. What has arrived is parsed first and may end the exchange after all."""
-        self.catch_up()
-        self._exchange = None
+        """Close at once, and never call ``on_end``."""
+        self._exchange = self._on_end = None
         self.abort()
 
     @property
@@ -198,54 +195,55 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with each read."""
-        self._read_s.append(self._clock())
-        self._reads.append(data)
-        if (
-            not self._may_wait
-            # True of shorter reads too, which may hold the end of the end.
-            or _END_OF_CHUNKED.endswith(data[-4:])
-            or len(self._reads) >= _MAX_KEPT_READS
-        ):
-            self.catch_up()
-
-    def catch_up(self) -> None:
-        """Parse the reads that were kept; ends the exchange if they do."""
-        read_s, reads = self._read_s, self._reads
-        if not reads:
-            return
-        self._read_s, self._reads = [], []
-        exchange = self._exchange
-        if exchange is None:
-            # Nothing was asked: this peer is out of step.
-            self.abort()
-            return
-        feed, times_s, pieces = self._parser.feed_data, exchange.times_s, exchange.pieces
-        at_s, data = read_s[0], b""
+        at_s = self._clock()
         try:
-            for at_s, data in zip(read_s, reads, strict=True):
-                feed(data)
-                while len(times_s) < len(pieces):
-                    times_s.append(at_s)
-                if exchange.complete:
-                    break
+            self._feed(data)
         except httptools.HttpParserUpgrade:
             self._fail("the server switched to another protocol")
         except httptools.HttpParserError:
             # Nothing may follow an answer, but what does cannot spoil it.
             self._keep_alive = False
-            if not exchange.complete:
+            if self._exchange is not None and not self._exchange.complete:
                 self._fail("the answer is not valid HTTP/1.1")
-        times_s.extend([at_s] * (len(pieces) - len(times_s)))
-        self._check_body(exchange, sum(map(len, reads)))
+        times_s, pieces = self._times_s, self._pieces
+        while len(times_s) < len(pieces):
+            times_s.append(at_s)
+        self._room_bytes -= len(data)
+        if self._needs_attention or self._room_bytes < 0:
+            self._attend(at_s)
+
+    def _attend(self, at_s: float) -> None:
+        """What few reads need: decoding, and the end of an exchange."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._decoder is not None:
+            self._decode(exchange.pieces)
+        if self._room_bytes < 0:
+            exchange.times_s.clear()
+            exchange.pieces.clear()
+            self._fail("the answer exceeds 256 MiB")
         if exchange.complete or self._fault is not None:
-            self._keep_alive = self._keep_alive and data is reads[-1]
             self._end(at_s)
+
+    def _decode(self, pieces: list[bytes]) -> None:
+        for i in range(self._decoded, len(pieces)):
+            compressed, pieces[i] = pieces[i], b""
+            try:
+                pieces[i] = self._decoder.decompress(compressed, _MAX_BODY_BYTES)
+            except zlib.error:
+                self._fail("the compressed answer is corrupt")
+            self._room_bytes -= len(pieces[i])
+        self._decoded = len(pieces)
+
+    def _refuse(self, _data: bytes) -> None:
+        """Nothing was asked: this peer is out of step."""
+        self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop when the connection is gone."""
         now_s = self._clock()
         self._keep_alive = False
-        self.catch_up()
         exchange = self._exchange
         if exchange is None:
             return
@@ -264,25 +262,7 @@ class Connection(asyncio.Protocol):
         self._fault = (Outcome.CUT, f"the server closed the connection {where}")
         self._end(now_s)
 
-    # --- parsing ---------------------------------------------------------------------------
-
-    def _check_body(self, exchange: Exchange, read_bytes: int) -> None:
-        """Decode the body's new pieces, if need be, and hold it to its limit."""
-        self._body_bytes += read_bytes
-        if self._decoder is not None:
-            for i in range(self._decoded, len(exchange.pieces)):
-                piece = exchange.pieces[i]
-                exchange.pieces[i] = b""
-                try:
-                    exchange.pieces[i] = self._decoder.decompress(piece, _MAX_BODY_BYTES)
-                except zlib.error:
-                    self._fail("the compressed answer is corrupt")
-                self._body_bytes += len(exchange.pieces[i])
-            self._decoded = len(exchange.pieces)
-        if self._body_bytes > _MAX_BODY_BYTES:
-            exchange.times_s.clear()
-            exchange.pieces.clear()
-            self._fail("the answer exceeds 256 MiB")
+    # --- httptools -------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
@@ -302,16 +282,16 @@ class Connection(asyncio.Protocol):
             headers.clear()
             return
         exchange.status = status
-        chunked = b"transfer-encoding" in headers
-        exchange.until_close = not chunked and b"content-length" not in headers
+        framed = b"transfer-encoding" in headers or b"content-length" in headers
+        exchange.until_close = not framed
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding in (b"gzip", b"x-gzip", b"deflate"):
             # 47: zlib or gzip, told by the header.
             self._decoder = zlib.decompressobj(47)
+            self._needs_attention = True
         elif encoding not in (b"identity", b""):
             name = encoding.decode("ascii", "replace")[:20]
             self._fail(f"the answer is compressed with {name!r} although none was asked for")
-        self._may_wait = chunked and status == 200 and self._decoder is None
 
     def on_message_begin(self) -> None:
         """Called by the parser at the start of an answer."""
@@ -325,7 +305,7 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or exchange.status is None or exchange.complete:
             return
-        exchange.complete = True
+        exchange.complete = self._needs_attention = True
         exchange.until_close = False
         self._keep_alive = self._keep_alive and self._parser.should_keep_alive()
 
@@ -333,10 +313,12 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, reason: str) -> None:
         self._fault = self._fault or (Outcome.STREAM_ERROR, reason)
+        self._needs_attention = True
 
     def _end(self, at_s: float) -> None:
         exchange, on_end = self._exchange, self._on_end
         self._exchange = self._on_end = None
+        self._feed = self._refuse
         self._served += 1
         self.idle_since_s = at_s
         if exchange is None or on_end is None:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 
 import uvloop
 
@@ -42,7 +41,6 @@ from specwise.vllm.response import StreamedResponse, StreamReader
 
 _TICK_S = 0.01
 _SLICE_PIECES = 128
-_ROUND_TICKS = 50
 _MAX_SPARE = 4
 _OTHER_FILES = 256
 _MAX_FILES = 65536
@@ -253,7 +251,6 @@ class _Run:
         self._ended: deque[_Flight] = deque()
         self._slices = self._record_in_slices()
         self._recording = False
-        self._unparsed: Iterator[_Flight] = iter(())
         self._tick_due_s = 0.0
         self._all_sent = False
         self._start_s = 0.0
@@ -431,17 +428,15 @@ class _Run:
             self._finish(flight)
 
     def _give_up(self, flight: _Flight, outcome: Outcome, reason: str) -> None:
-        """End a request from this side, unless what has arrived already ends it."""
+        """End a request from this side."""
         if flight.opening is not None:
             flight.opening.cancel()
         if flight.connection is not None:
-            connection = flight.connection
-            connection.give_up()
-            self._pool.discard(connection)
-        if flight in self._in_flight:
-            flight.exchange.fault = (outcome, reason)
-            flight.exchange.finished_s = self._clock()
-            self._finish(flight)
+            flight.connection.give_up()
+            self._pool.discard(flight.connection)
+        flight.exchange.fault = (outcome, reason)
+        flight.exchange.finished_s = self._clock()
+        self._finish(flight)
 
     def _finish(self, flight: _Flight) -> None:
         """Hand a request whose exchange has ended to the recorder."""
@@ -550,13 +545,6 @@ class _Run:
         if len(self._lags) % 10 == 0 and not self.interrupted and self._stop():
             self._interrupt()
         self._give_up_late(now_s)
-        # What has arrived stays unparsed for no longer than it takes to go round all in flight.
-        flights = tuple(islice(self._unparsed, 1 + len(self._in_flight) // _ROUND_TICKS))
-        if not flights:
-            self._unparsed = iter(tuple(self._in_flight))
-        for flight in flights:
-            if flight.connection is not None:
-                flight.connection.catch_up()
         self._set_tick()
 
     def _give_up_late(self, now_s: float) -> None:
