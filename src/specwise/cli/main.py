@@ -23,6 +23,7 @@ STAGES: dict[str, dict[str, str]] = {
         "memory": "What does speculation cost in KV cache, concurrency and context?",
         "flags": "What do I pass to my vLLM version?",
         "lint": "What is wrong with the command I have?",
+        "predict": "What should I expect, and where is the crossover?",
     },
     "Measure": {
         "measure": "What happens, arm against arm, at my load?",

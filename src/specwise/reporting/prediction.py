@@ -1,0 +1,282 @@
+"""A forecast: in the terminal, as JSON and as one self-contained page; "predicted" everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from rich.console import Console
+from rich.padding import Padding
+
+from specwise.analysis.comparison import Effect
+from specwise.analysis.crossover import Crossover
+from specwise.analysis.latency import ServingSummary
+from specwise.decision.assessment import Assessment
+from specwise.prediction.forecast import AtBatch, Scenario, Unknown
+from specwise.reporting import wording
+from specwise.reporting.console import console_text, ruled_table
+from specwise.reporting.export import whole_file
+from specwise.reporting.figures import ArmStyle, arm_styles, panel_title, speedup_chart
+from specwise.reporting.html import page_template
+from specwise.reporting.json_export import SCHEMA_VERSION, json_types
+from specwise.reporting.svg import Chart, draw_chart, panels
+from specwise.reporting.wording import MARKS, MISSING, interval, milliseconds, number, ratio
+
+CAUTION: Final = (
+    "Predicted, not measured. Use it to choose what to measure: acceptance is an assumption here, "
+    "and it moves the answer more than anything else."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Everything that `specwise predict` shows."""
+
+    scenario: Scenario
+    assessment: Assessment
+    batches: tuple[AtBatch, ...]
+    unknowns: tuple[Unknown, ...]
+    unknowns_at: float
+
+    @property
+    def speedups(self) -> tuple[Effect, ...]:
+        """Speedup of every candidate at every load."""
+        return tuple(e for e in self.assessment.effects if e.metric == "speedup")
+
+    def summary(self, arm: str, effect: Effect) -> ServingSummary | None:
+        """The serving figures of ``arm`` at the load of ``effect``."""
+        for found in self.assessment.summaries:
+            if (found.arm, found.load) == (arm, effect.load):
+                return found
+        return None
+
+
+def crossover_words(crossover: Crossover) -> str:
+    """``stops paying at 52 [45, 60]``, or that it never does over the loads that were simulated."""
+    unit = "concurrent requests" if crossover.loop.value == "closed" else "requests/s"
+    low, high = crossover.loads[0], crossover.loads[-1]
+    if crossover.load_value is not None:
+        ends = tuple(
+            "?" if end is None else f"{end:.3g}" for end in (crossover.low, crossover.high)
+        )
+        return f"stops paying at {crossover.load_value:.3g} [{ends[0]}, {ends[1]}] {unit}"
+    if crossover.outcome == "always better":
+        return f"pays at every load from {low:g} to {high:g} {unit}"
+    if crossover.outcome == "always worse":
+        return f"pays at no load from {low:g} to {high:g} {unit}"
+    return f"cannot be told from no speculation between {low:g} and {high:g} {unit}"
+
+
+def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
+    """The forecast as JSON types; times in seconds."""
+    scenario = forecast.scenario
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "predicted": True,
+        "target": scenario.target.name,
+        "gpu": scenario.gpu.name,
+        "gpus": scenario.gpus,
+        "prompt_tokens": scenario.prompt_tokens,
+        "output_tokens": scenario.output_tokens,
+        "candidates": [
+            {
+                "name": c.name,
+                "method": c.speculation.method,
+                "k": c.speculation.k,
+                "draft": c.draft.name if c.draft else None,
+                "acceptance": c.acceptance.positions(c.speculation.k),
+                "drafted_share": c.acceptance.drafted_share,
+                "acceptance_from": c.acceptance.source,
+            }
+            for c in scenario.candidates
+        ],
+        "speedups": json_types(forecast.speedups),
+        "crossovers": json_types([c for c in forecast.assessment.crossovers if c.segment is None]),
+        "serving": json_types(forecast.assessment.summaries),
+        "by_batch": [asdict(row) for row in forecast.batches],
+        "sensitivity": [
+            asdict(u) | {"swing": u.swing, "decides": u.decides} for u in forecast.unknowns
+        ],
+    }
+
+
+def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
+    """Print speedups by load, crossovers, and what moves the answer most."""
+    out = console or Console()
+    scenario = forecast.scenario
+    gpus = f"{scenario.gpus} x {scenario.gpu.name}"
+
+    def line(words: str, style: str = "", indent: int = 0) -> None:
+        text = console_text(out, words, style)
+        out.print(Padding(text, (0, 0, 0, indent), expand=False), highlight=False)
+
+    line(f"PREDICTED   {scenario.target.name} on {gpus}", "bold yellow")
+    line(f"{scenario.prompt_tokens} prompt and {scenario.output_tokens} output tokens on average")
+    for candidate in scenario.candidates:
+        given = ", ".join(
+            f"{a:.2f}" for a in candidate.acceptance.positions(candidate.speculation.k)
+        )
+        line(f"{candidate.name}: acceptance {given} ({candidate.acceptance.source})", "dim")
+    out.print()
+    table = ruled_table(out)
+    table.add_column("Load", no_wrap=True)
+    table.add_column("Arm", no_wrap=True)
+    for name in ("Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for load in scenario.loads:
+        for found in (s for s in forecast.assessment.summaries if s.load == load):
+            effect = next(
+                (e for e in forecast.speedups if (e.arm, e.load) == (found.arm, load)), None
+            )
+            cells = [load.label, found.arm, MISSING if effect is None else _marked(effect)]
+            cells += _latencies(found)
+            table.add_row(*(console_text(out, cell) for cell in cells))
+    out.print(table)
+    for crossover in forecast.assessment.crossovers:
+        if crossover.segment is None:
+            line(f"{crossover.arm} {crossover_words(crossover)}.", "bold")
+    out.print()
+    line(f"At {forecast.unknowns_at:g} running requests the answer hangs on:")
+    for unknown in forecast.unknowns[:4]:
+        decides = "  <- decides the sign" if unknown.decides else ""
+        line(
+            f"{unknown.candidate}, {unknown.name}: {unknown.low} {ratio(unknown.speedup_low)}, "
+            f"{unknown.high} {ratio(unknown.speedup_high)}{decides}",
+            indent=2,
+        )
+    out.print()
+    line(CAUTION, "yellow")
+
+
+def _marked(effect: Effect) -> str:
+    return f"{MARKS[effect.direction]} {ratio(effect.ratio)}"
+
+
+def _latencies(summary: ServingSummary) -> list[str]:
+    cells = []
+    for timing in (summary.tpot_s, summary.ttft_s):
+        cells += [
+            MISSING if timing is None else milliseconds(timing.p50),
+            MISSING if timing is None else milliseconds(timing.p99),
+        ]
+    rate = summary.output_tokens_per_s
+    return [*cells, MISSING if rate is None else number(rate)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Page
+
+
+def write_forecast(forecast: Forecast, path: Path) -> None:
+    """Write the page to ``path``; StoreError when it cannot be written."""
+    page = render_forecast(forecast)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def render_forecast(forecast: Forecast) -> str:
+    """The page as text: speedup against load, break-even and best k, what is not known."""
+    assessment, scenario = forecast.assessment, forecast.scenario
+    styles = arm_styles(assessment.study.design.arms)
+    production = scenario.production
+    headline = "; ".join(
+        f"{e.arm} {ratio(e.ratio)}" for e in forecast.speedups if e.load == production
+    )
+    return page_template("prediction.html").render(
+        w=wording,
+        scenario=scenario,
+        caution=CAUTION,
+        headline=f"{headline} at {wording.load_phrase(production)}, if acceptance is as assumed",
+        crossovers=[
+            f"{c.arm} {crossover_words(c)}" for c in assessment.crossovers if c.segment is None
+        ],
+        speedup=speedup_chart(
+            forecast.speedups, assessment.crossovers, styles, production, predicted=True
+        ),
+        break_even=_break_even_chart(forecast, styles),
+        rows=[
+            (
+                load,
+                summary,
+                next(
+                    (e for e in forecast.speedups if (e.arm, e.load) == (summary.arm, load)), None
+                ),
+                _latencies(summary),
+            )
+            for load in scenario.loads
+            for summary in assessment.summaries
+            if summary.load == load
+        ],
+        batches=forecast.batches,
+        unknowns=forecast.unknowns,
+        unknowns_at=forecast.unknowns_at,
+        interval=interval,
+        marked=_marked,
+        costs=_cost_notes(scenario),
+    )
+
+
+def _cost_notes(scenario: Scenario) -> list[str]:
+    price = scenario.baseline_costs()
+    notes = [f"Step costs: {type(price).__name__}."]
+    for name in ("efficiency", "overheads"):
+        constants = getattr(price, name, None)
+        if constants is not None:
+            given = asdict(constants)
+            source = given.pop("source")
+            notes.append(
+                f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in given.items()) + f" ({source})"
+            )
+    return notes
+
+
+def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Chart | None:
+    """Break-even acceptance against running requests, beside what is assumed."""
+    names = [c.name for c in forecast.scenario.candidates]
+    rows = {name: [b for b in forecast.batches if b.candidate == name] for name in names}
+
+    def draw(width: int) -> Figure:
+        figure, axes = panels(
+            len(names), width=width, columns=min(3, max(2, len(names))), height=150
+        )
+        for axis, candidate in zip(axes, forecast.scenario.candidates, strict=True):
+            held, style = rows[candidate.name], styles[candidate.name]
+            needed = [1.0 if b.break_even is None else b.break_even for b in held]
+            axis.plot(
+                [b.batch for b in held],
+                needed,
+                color=style.colour,
+                marker=style.marker,
+                markersize=6,
+            )
+            k = candidate.speculation.k
+            assumed = sum(candidate.acceptance.positions(k)) / k
+            axis.axhline(assumed, color=style.colour, linestyle=(0, (3, 3)), linewidth=1.5)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_locator(FixedLocator(_spaced([b.batch for b in held])))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(lambda value, _place: f"{value:g}")
+            axis.set_ylim(-0.03, 1.03)
+            axis.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
+            axis.set_yticklabels(["0 %", "50 %", "100 %"])
+            axis.set_xlabel("running requests")
+            panel_title(axis, candidate.name)
+        return figure
+
+    summary = "; ".join(
+        f"{b.candidate} at {b.batch}: "
+        + ("out of reach" if b.break_even is None else wording.percent(b.break_even))
+        for b in forecast.batches
+    )
+    title = "Acceptance that is needed, and (dashed) assumed"
+    return draw_chart("breakeven", title, summary, draw, predicted=True)
+
+
+def _spaced(values: Sequence[int]) -> list[int]:
+    """Every second tick where there are many."""
+    step = max(1, (len(values) + 4) // 5)
+    return list(values[::step])
