@@ -237,19 +237,21 @@ class StreamReader:
         """Take several pieces: ``pieces[i]`` arrived at ``times_s[i]``."""
         i = 0
         while i < len(pieces):
-            if self._rest or self._skip_line_feed or not self._started:
+            if self._rest or self._skip_line_feed:
                 self._feed_any(times_s[i], pieces[i])
-                i += 1
-                continue
-            i += self._feed_alike(times_s, pieces, i)
-            if i < len(pieces):
+            else:
+                if self._form is not None:
+                    i += self._feed_alike(times_s, pieces, i)
+                    if i == len(pieces):
+                        return
                 self._feed_whole(times_s[i], pieces[i])
-                i += 1
+            i += 1
 
     def _feed_alike(self, times_s: Sequence[float], pieces: Sequence[bytes], start: int) -> int:
         """Take the pieces from ``start`` on that are events of the known form; returns how many.
 
-        Nothing is taken, and the form forgotten, if one of them proves not to be one.
+        What they differ in is cut out and read as one JSON list of texts and one of counts.
+        Nothing is taken, and the form forgotten, if one of them proves not to be of that form.
         """
         form = self._form
         if form is None or self._done:
@@ -275,6 +277,7 @@ class StreamReader:
             read_texts = read_counts = []
         if (
             len(read_texts) != len(texts)
+            or set(map(type, read_texts)) != {str}
             or len(read_counts) != 2 * len(texts) + 1
             or set(map(type, read_counts)) != {int}
         ):
@@ -317,6 +320,7 @@ class StreamReader:
             self._feed_any(at_s, data)
             return
         # One whole event, as nearly every piece of vLLM's is: nothing to take apart.
+        self._started = True
         event = Done() if payload == b"[DONE]" else parse_event(payload)
         self._take(at_s, event)
         if self._form is None and self._learnt < _MAX_LEARNT and type(event) is Delta:
