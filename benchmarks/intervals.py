@@ -97,10 +97,12 @@ EQUAL = {
     "demo, 2 equal candidates": replace(
         WORLDS["demo: 3 arms, 3 workloads, 2 x 32 requests"],
         gain={"draft": _SAME, "ngram": _SAME},
-        loads=(4, 16),
     ),
     "large, 1 equal candidate": replace(
         WORLDS["large: 2 arms, 3 workloads, 4 x 100"], gain={"draft": _SAME}
+    ),
+    "twice, 1 equal candidate": replace(
+        WORLDS["twice: 2 arms, 1 mix, 2 x 64"], gain={"draft": _SAME}
     ),
 }
 

@@ -168,7 +168,7 @@ def _times(
     for name in gains:
         gain[prompts.segment == name] = gains[name][load]
     spread = world.reaction_sd
-    reaction = rng.normal(-(spread**2) / 2, spread, n) if gains else 0.0
+    reaction = rng.normal(-(spread**2) / 2, spread, n) * bool(gains)
     tpot = _TPOT_S * np.exp(prompts.hardness - gain + reaction) * paces[0]
     ratio = world.ttft_share * world.ttft_ratio.get(arm, 1.0)
     ttft = _TTFT_S * ratio * np.exp(prompts.prefill) * paces[1]

@@ -21,7 +21,7 @@ from specwise.analysis.latency import rates
 from specwise.domain import LoadPoint, Purpose
 
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-_MAX_DRAWS, _MAX_DRAWN_VALUES = 400, 1_000_000
+_MAX_DRAWS, _TRIAL_DRAWS, _MAX_DRAWN_VALUES = 400, 150, 1_000_000
 _FEWEST_DOF_BY_LOAD = 4
 FEWEST_PAIRS = {"p95": 20, "p99": 100}
 """Pairs below which a percentile is little more than the largest value, and gets no interval."""
@@ -223,7 +223,7 @@ def log_ratio(metric: Metric, base: Floats, candidate: Floats) -> Floats:
     return np.where(np.isfinite(signed), signed, np.nan)
 
 
-def _draws(pairs: Pairs, rng: np.random.Generator) -> NDArray[np.int64]:
+def _draws(pairs: Pairs, rng: np.random.Generator, most: int) -> NDArray[np.int64]:
     """Resampled pair numbers, draws x pairs; -1 pads where prompts have unequally many pairs."""
     clusters = int(pairs.cluster.max()) + 1
     sizes = np.bincount(pairs.cluster, minlength=clusters)
@@ -231,7 +231,7 @@ def _draws(pairs: Pairs, rng: np.random.Generator) -> NDArray[np.int64]:
     order = np.argsort(pairs.cluster, kind="stable")
     starts = np.cumsum(sizes) - sizes
     members[pairs.cluster[order], np.arange(pairs.count) - np.repeat(starts, sizes)] = order
-    draws = int(np.clip(_MAX_DRAWN_VALUES // members.size, 100, _MAX_DRAWS))
+    draws = int(np.clip(_MAX_DRAWN_VALUES // members.size, 100, most))
     drawn = []
     for stratum in range(int(pairs.stratum.max()) + 1):
         inside = members[np.unique(pairs.cluster[pairs.stratum == stratum])]
@@ -240,7 +240,9 @@ def _draws(pairs: Pairs, rng: np.random.Generator) -> NDArray[np.int64]:
     return np.concatenate(drawn, axis=1)
 
 
-def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -> dict[str, float]:
+def bootstrap_variances(
+    pairs: Pairs, metrics: Sequence[Metric], *, seed: int, draws: int = _MAX_DRAWS
+) -> dict[str, float]:
     """Variance of each metric's log ratio over resampled prompts, pairs kept together.
 
     The paired cluster bootstrap (Davison & Hinkley 1997, sections 2.3 and 3.8): what the choice
@@ -249,7 +251,7 @@ def bootstrap_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -
     """
     clusters, strata = int(pairs.cluster.max()) + 1, int(pairs.stratum.max()) + 1
     missing = clusters / (clusters - strata) if clusters > strata else 1.0
-    drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]))
+    drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]), draws)
     times = _times_drawn(drawn, pairs.count)
     inside = _share_inside(pairs)
     variances: dict[str, float] = {}
@@ -305,7 +307,7 @@ def trial_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -> di
     by itself, averaged. For a tail percentile that is more than ``repeats`` times the variance of
     all repeats together, because a trial's tail holds fewer requests."""
     each = [
-        bootstrap_variances(_one_repeat(pairs, number), metrics, seed=seed)
+        bootstrap_variances(_one_repeat(pairs, number), metrics, seed=seed, draws=_TRIAL_DRAWS)
         for number in np.unique(pairs.repeat)
     ]
     return {
