@@ -13,7 +13,14 @@ from specwise.domain import Gpu, Quantization, Speculation
 from specwise.errors import InputError
 from specwise.facts.checkpoint import from_table
 from specwise.facts.hardware import find_gpu, gpus
-from specwise.prediction.costs import RooflineCosts, StepShape, eagle_head, model_of, roofline
+from specwise.prediction.costs import (
+    RooflineCosts,
+    StepShape,
+    eagle_head,
+    graph_tokens,
+    model_of,
+    roofline,
+)
 from specwise.prediction.speedup import Point, best_k, step_speedup
 
 LLAMA_8B = from_table("meta-llama/Llama-3.1-8B-Instruct")
@@ -194,3 +201,29 @@ def test_the_sweep_over_k_is_reproduced() -> None:
 def test_the_blogs_crossovers_are_in_their_brackets() -> None:
     for ladder in blog():
         assert ladder.bracket(ladder.predicted) == ladder.bracket(ladder.published)
+
+
+@given(st.integers(1, 600))
+def test_a_step_is_padded_to_the_next_cuda_graph(tokens: int) -> None:
+    captured = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
+    expected = next((size for size in captured if size >= tokens), tokens)
+    assert graph_tokens(tokens, 512) == expected
+    assert graph_tokens(np.array([tokens]), 512)[0] == expected
+
+
+def test_a_small_draft_is_bound_by_its_launches() -> None:
+    """SpecDecode-Bench: 37.5 % of an 8B target's pass for 0.6B, 12.5 % of 70B's for 8B."""
+    for target, draft, split, published in (
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", 1, 0.375),
+        ("meta-llama/Llama-3.1-70B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", 4, 0.125),
+    ):
+        price = roofline(
+            from_table(target),
+            H100,
+            tensor_parallel=split,
+            speculation=Speculation("draft_model", 3),
+            draft=from_table(draft),
+            version=(0, 10, 1),
+        )
+        one_more = price.draft_s(4, 300, 1, 3) - price.draft_s(4, 300, 1, 2)
+        assert one_more / price.target_s(4, 300, 1) == pytest.approx(published, abs=0.07)

@@ -6,6 +6,7 @@ constants are few: one `Efficiency` a GPU, one `Overheads` a generation of vLLM.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,7 +83,9 @@ class Overheads:
     ``step_s`` each step and ``request_s`` for each request in it; ``speculation_s`` each
     speculating step (metadata, sampler) and ``speculation_request_s`` for each request in it;
     ``draft_pass_s`` each pass of a drafter that is launched from the host; ``lookup_s`` and
-    ``lookup_request_s`` an n-gram search.
+    ``lookup_request_s`` an n-gram search. ``launch_layer_s`` is what launching one layer takes
+    where no full CUDA graph runs it: in a drafter's passes, and in the target's over more than
+    ``graph_tokens``. Launches hide behind the GPU's work; a pass takes at least its launches.
     """
 
     step_s: float
@@ -92,6 +95,8 @@ class Overheads:
     draft_pass_s: float
     lookup_s: float
     lookup_request_s: float
+    launch_layer_s: float
+    graph_tokens: int
     source: str
 
 
@@ -120,6 +125,11 @@ def efficiency_of(gpu: Gpu) -> Efficiency:
     return _H100 if gpu.compute_capability == (9, 0) else _PRIOR
 
 
+_LAUNCH_LAYER_S = 70e-6
+"""From SpecDecode-Bench (arXiv 2601.11580): a pass of a 0.6B draft (28 layers) takes 37.5 % of an
+8B target's on an H100, four times what its weights need; an 8B draft's (32 layers, TP 4) takes
+12.5 % of a 70B target's, about what its weights need."""
+
 _V0 = Overheads(
     step_s=2.0e-3,
     request_s=60e-6,
@@ -128,6 +138,8 @@ _V0 = Overheads(
     draft_pass_s=2.0e-3,
     lookup_s=1.0e-3,
     lookup_request_s=0.7e-3,
+    launch_layer_s=0.0,
+    graph_tokens=256,
     source="V0, each sequence handled in Python; fitted to the vLLM blog of October 2024",
 )
 _V1_EAGER = Overheads(
@@ -138,6 +150,8 @@ _V1_EAGER = Overheads(
     draft_pass_s=0.70e-3,
     lookup_s=50e-6,
     lookup_request_s=1e-6,
+    launch_layer_s=_LAUNCH_LAYER_S,
+    graph_tokens=512,
     source="V1 up to 0.9, drafter launched kernel by kernel; fitted to vLLM issue 20780",
 )
 _V1 = Overheads(
@@ -148,6 +162,8 @@ _V1 = Overheads(
     draft_pass_s=0.43e-3,
     lookup_s=50e-6,
     lookup_request_s=1e-6,
+    launch_layer_s=_LAUNCH_LAYER_S,
+    graph_tokens=512,
     source="V1 from 0.10, drafter in piecewise CUDA graphs; fitted with the H100's shares",
 )
 
@@ -205,7 +221,7 @@ class Model:
         for group in self.kv_groups:
             attended = context_tokens
             if group.window is not None:
-                attended = np.minimum(context_tokens, group.window * np.maximum(requests, 1))
+                attended = np.minimum(context_tokens, group.window * _larger(requests, 1))
             split = 1 if group.latent else min(tensor_parallel, group.heads)
             total = total + attended * group.elements_per_token * self.kv_bits / 8 / split
         return total
@@ -263,6 +279,29 @@ def eagle_head(target: Checkpoint, *, draft_vocabulary: int | None = None) -> Mo
     )
 
 
+def graph_tokens(tokens: Any, largest: int) -> Any:
+    """``tokens`` padded to the next size that has a CUDA graph; as they are above ``largest``.
+
+    vLLM 0.33 captures 1, 2, 4, then every 8 to 256 and every 16 above, so
+    a step's cost is a staircase.
+    """
+    if isinstance(tokens, int | float):  # the simulation asks step by step
+        if tokens <= 4 or tokens > largest:
+            return tokens if tokens > largest else 1 << max(math.ceil(tokens) - 1, 0).bit_length()
+        by = 16 if tokens > 256 else 8
+        return math.ceil(tokens / by) * by
+    padded = np.where(tokens > 256, np.ceil(tokens / 16) * 16, np.ceil(tokens / 8) * 8)
+    small = np.where(tokens > 2, 4, np.where(tokens > 1, 2, 1))
+    return np.where(tokens > largest, tokens, np.where(tokens <= 4, small, padded))
+
+
+def _larger(one: Any, other: Any) -> Any:
+    """The larger, element by element; without NumPy's price for two plain numbers."""
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return max(one, other)
+    return np.maximum(one, other)
+
+
 @dataclass(frozen=True, slots=True)
 class RooflineCosts:
     """A step's price from checkpoint, GPU and parallelism (requirement A7).
@@ -302,11 +341,11 @@ class RooflineCosts:
             return 0.0 * tokens
         if self.drafter is None:
             over = self.overheads
-            searching = np.minimum(k, 1)
+            searching = -_larger(-k, -1)
             return (over.lookup_s + over.lookup_request_s * requests) * searching
         first = self._pass_s(self.drafter, tokens, requests, context_tokens, requests)
         later = self._pass_s(self.drafter, requests, requests, context_tokens, requests)
-        more = np.maximum(k - 1, 0)
+        more = _larger(k - 1, 0)
         return first + more * later + (1 + more) * self.overheads.draft_pass_s
 
     def overhead_s(self, requests: Any, k: Any) -> Any:  # noqa: ARG002 - the protocol's
@@ -329,8 +368,12 @@ class RooflineCosts:
     def _pass_s(
         self, model: Model, tokens: Any, sampled: Any, context_tokens: Any, requests: Any
     ) -> Any:
-        split = self.drafter_tensor_parallel if model is self.drafter else self.tensor_parallel
+        drafts = model is self.drafter
+        split = self.drafter_tensor_parallel if drafts else self.tensor_parallel
         gpu, eff = self.gpu, self.efficiency
+        largest = self.overheads.graph_tokens
+        launched = drafts or tokens > largest
+        tokens = graph_tokens(tokens, largest)
         weights = model.read_parameters(tokens) * model.weight_bits / 8 / split
         memory_s = weights / (eff.bandwidth * gpu.bandwidth_bytes_per_s)
         products = 2 * (model.active_body * tokens + model.head * sampled) / split
@@ -339,7 +382,8 @@ class RooflineCosts:
         linear_s = (memory_s**n + compute_s**n) ** (1 / n)
         cache = model.kv_bytes(context_tokens, requests, split)
         cache_s = cache / (eff.kv_bandwidth * gpu.bandwidth_bytes_per_s)
-        return linear_s + cache_s + self._communication_s(model, tokens, split)
+        gpu_s = linear_s + cache_s + self._communication_s(model, tokens, split)
+        return _larger(gpu_s, launched * model.layers * self.overheads.launch_layer_s)
 
     def _flops(self, model: Model) -> float:
         faster = self.gpu.fp8_flops or self.gpu.int8_flops
