@@ -167,7 +167,7 @@ def _gpu(found: Sequence[str]) -> Gpu | None:
     """The data sheet of the first GPU's name, such as "NVIDIA H100 80GB HBM3, 81559 MiB, ..."."""
     if not found:
         return None
-    full = re.sub(r"[^a-z0-9]", "", str(found[0]).split(",")[0].lower())
+    full = re.sub(r"[^a-z0-9]+", " ", str(found[0]).split(",")[0].lower()).replace("rtx ", "rtx")
     for name in sorted(gpus(), key=len, reverse=True):
         if all(re.search(rf"{part}(?!\d)", full) for part in name.split("-")):
             return gpus()[name]
