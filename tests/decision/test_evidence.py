@@ -9,6 +9,7 @@ from tests.analysis.synthetic import demo_design, demo_study
 from specwise.decision.evidence import arm_facts, gather_evidence
 from specwise.domain import Arm, Losslessness, LosslessnessResult, Speculation
 from specwise.facts.bundled import bundled_draft, bundled_target
+from specwise.facts.hardware import find_gpu
 from specwise.measurement.verification import write_losslessness
 
 DRAFT = Speculation("draft_model", 4, draft=str(bundled_draft()))
@@ -38,7 +39,7 @@ def test_an_arm_that_specwise_started_tells_everything() -> None:
     assert facts.configuration["num_speculative_tokens"] == 4
     assert facts.memory is not None
     assert facts.memory_without_draft is not None
-    assert facts.memory.plan.gpu.name.lower().startswith("h100")
+    assert facts.memory.plan.gpu == find_gpu("h100")
     assert (facts.memory.plan.context, facts.memory.plan.utilization) == (2048, 0.8)
     assert facts.memory.pool.likely < facts.memory_without_draft.pool.likely
     assert facts.note == facts.memory_note == ""
@@ -79,8 +80,6 @@ def test_gpus_are_recognised_by_the_drivers_name(name: str, gpu: str | None) -> 
     arm = Arm("draft", DRAFT, url="http://127.0.0.1:1")
     facts = arm_facts(arm, {"arms": {"draft": described()}, "gpus": [name]})
     found = facts.memory.plan.gpu if facts.memory else None
-    from specwise.facts.hardware import find_gpu
-
     assert found == (find_gpu(gpu) if gpu else None)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,6 @@ def test_decide_explains_in_text_and_json_and_hears_who_watches(tmp_path: Path) 
 
 
 def test_an_empty_study_is_explained_too() -> None:
-    from dataclasses import replace
-
     study = replace(demo_study(demo_design(loads=(C16,), requests=4)), trials=())
     found = explain(assess(study))
     assert any("share no complete trial" in line for s in found.steps for line in s.lines)
