@@ -46,3 +46,28 @@ def test_the_k_sweeps_step_time_is_linear_in_k() -> None:
 def test_similar_ones_are_of_the_same_method() -> None:
     assert {s.method for s in similar_speedups("eagle3")} == {"eagle3"}
     assert similar_speedups("no such method") == ()
+
+
+def test_the_traces_are_the_requests_behind_the_lengths() -> None:
+    lengths = {(a.method, a.k, a.workload): a.request_mean_length for a in published().acceptance}
+    workloads = published().workloads
+    for trace in published().traces:
+        weights = [n / sum(trace.requests) for n in trace.requests]
+
+        def mean(values: tuple[float, ...], weights: list[float] = weights) -> float:
+            return sum(w * v for w, v in zip(weights, values, strict=True))
+
+        published_length = lengths[trace.method, trace.k, trace.workload]
+        assert mean(trace.length) == pytest.approx(published_length, abs=0.005)
+        work = workloads[trace.workload]
+        assert mean(trace.prompt_tokens) == pytest.approx(work.prompt_tokens, abs=1)
+        assert mean(trace.output_tokens) == pytest.approx(work.output_tokens, abs=1)
+        assert all(0 <= share <= 1 for share in trace.drafted_share)
+        assert all(1 <= length <= trace.k + 1 for length in trace.length)
+
+
+def test_a_longer_draft_never_shortens_a_published_length() -> None:
+    for finding in published().findings:
+        if finding.by == "k":
+            values = [value for _, value in finding.points]
+            assert values == sorted(values)

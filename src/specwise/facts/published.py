@@ -54,6 +54,39 @@ class PublishedAcceptance:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedTrace:
+    """The requests behind a `PublishedAcceptance`, in groups of like length and output tokens.
+
+    One entry a group in each tuple: how many ``requests``, their mean prompt and output tokens,
+    their own ``length``, and the share of steps in which there was a draft to verify (1 but for
+    lookups).
+    """
+
+    source: Source
+    target: str
+    method: str
+    k: int
+    workload: str
+    requests: tuple[int, ...]
+    prompt_tokens: tuple[float, ...]
+    output_tokens: tuple[float, ...]
+    length: tuple[float, ...]
+    drafted_share: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFinding:
+    """A single published figure or row: ``quantity`` at each value of ``by``."""
+
+    source: Source
+    target: str
+    method: str
+    quantity: str
+    by: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PublishedSpeedups:
     """Speculative / baseline throughput by load; ``load`` is "batch" or "qps".
 
@@ -96,6 +129,8 @@ class Published:
 
     workloads: Mapping[str, PublishedWorkload]
     acceptance: tuple[PublishedAcceptance, ...]
+    traces: tuple[PublishedTrace, ...]
+    findings: tuple[PublishedFinding, ...]
     speedups: tuple[PublishedSpeedups, ...]
     k_sweep: KSweep
     temperature_shape: TemperatureShape
@@ -116,6 +151,25 @@ def published() -> Published:
         )
         for entry in table["acceptance"]
     )
+    traces = tuple(
+        PublishedTrace(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+            | {"source": sources[entry["source"]]}
+            | {"drafted_share": tuple(entry.get("drafted_share", [1.0] * len(entry["length"])))}
+        )
+        for entry in table["trace"]
+    )
+    findings = tuple(
+        PublishedFinding(
+            source=sources[entry["source"]],
+            target=entry["target"],
+            method=entry["method"],
+            quantity=entry["quantity"],
+            by=entry["by"],
+            points=tuple(zip(entry["at"], entry["value"], strict=True)),
+        )
+        for entry in table["finding"]
+    )
     speedups = [
         _speedups(entry, sources, entry["load"], entry["at"], entry["speedup"])
         for entry in table["speedups"]
@@ -129,6 +183,8 @@ def published() -> Published:
     return Published(
         workloads=workloads,
         acceptance=acceptance,
+        traces=traces,
+        findings=findings,
         speedups=tuple(speedups),
         k_sweep=KSweep(
             source=sources[sweep["source"]],
