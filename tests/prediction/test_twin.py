@@ -139,16 +139,31 @@ def test_acceptance_follows_the_truth() -> None:
     assert snapshot.counters["generation_tokens"] == 1800
 
 
+def test_counters_move_with_the_steps() -> None:
+    with one(DRAFT) as twin:
+        asked = body(max_tokens=1500, stream=True)
+        with HTTP.stream("POST", twin.url + "/v1/completions", json=asked) as response:
+            pieces = response.iter_raw()
+            for _ in range(3):
+                next(pieces)
+            counters = metrics.scrape(twin.url).counters
+    # In the middle of the answer; every draft is accepted, whatever the moment.
+    assert counters["spec_drafts"] >= 2
+    assert counters["spec_accepted_tokens"] == 3 * counters["spec_drafts"]
+    assert counters["generation_tokens"] == 1 + 4 * counters["spec_drafts"]
+
+
 def test_more_requests_than_seats_wait() -> None:
     with one(BASELINE) as twin, ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(ask, twin, max_tokens=100) for _ in range(8)]
+        answers = [pool.submit(ask, twin, max_tokens=200) for _ in range(8)]
         snapshot = metrics.scrape(twin.url)
         deadline = time.monotonic() + 5
-        while snapshot.gauges["waiting"] < 4 and time.monotonic() < deadline:
+        while snapshot.gauges["running"] < 4 or snapshot.gauges["waiting"] < 4:
+            assert time.monotonic() < deadline
             snapshot = metrics.scrape(twin.url)
         assert snapshot.gauges["running"] == snapshot.gauges["waiting"] == 4
         assert snapshot.gauges["kv_use"] > 0
-        assert all(answer.result().output_tokens == 100 for answer in answers)
+        assert all(answer.result().output_tokens == 200 for answer in answers)
         after = metrics.scrape(twin.url)
         assert after.gauges["running"] == after.gauges["waiting"] == after.gauges["kv_use"] == 0
         assert after.histograms["ttft_s"].count == 8

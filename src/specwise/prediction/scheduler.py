@@ -39,8 +39,8 @@ from numpy.typing import NDArray
 
 from specwise.errors import InputError
 from specwise.prediction.costs import StepCosts, StepShape
+from specwise.prediction.live_request import Ints, LiveRequest, Piece, Plan
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 LONGEST_LEAP = 512
@@ -121,80 +121,6 @@ class SchedulerConfig:
                 last = min(rows.pop(0)[2], k)
             lookup.append(last)
         return tuple(lookup)
-
-
-class LiveRequest:
-    """A request inside the engine: the caller reads, the engine writes.
-
-    ``runs[j]`` is how many drafts verify step j would accept if that many were drafted, ``hits[j]``
-    whether it has drafts at all (None: always). ``pieces`` are stretches of consecutive steps with
-    output: the number of the first step, and the tokens of each.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        *,
-        prompt: int,
-        output: int,
-        arrival_s: float,
-        runs: Ints,
-        hits: NDArray[np.bool_] | None = None,
-        cached: int = 0,
-    ) -> None:
-        self.number = number
-        self.prompt = prompt
-        self.output = output
-        self.arrival_s = arrival_s
-        self.runs = runs
-        self.hits = hits
-        self.cached = cached
-        self.admitted_s = self.finished_s = -1.0
-        self.preemptions = 0
-        self.pieces: list[tuple[int, Ints]] = []
-        self.accepted: list[Ints] = []
-        self.drafted = 0
-        # The state at the start of the open plan, or now if there is none.
-        self.done = 0  # output tokens
-        self.cursor = 0  # decode steps taken
-        self.held = 0  # cache blocks
-        self.computed = 0  # tokens in the cache, while in prefill
-        self.plan: _Plan | None = None
-        self.ticket = 0  # tells current entries of the completion heap from outdated ones
-
-    @property
-    def target(self) -> int:
-        """Tokens to compute before the next output: the prompt, and what a preemption took."""
-        return self.prompt + self.done
-
-    def tokens_in(self, step: int) -> int:
-        """Output tokens of that step, 0 if it was not among those with output."""
-        if self.plan is not None and step >= self.plan.start:
-            index = step - self.plan.start
-            return int(self.plan.emitted[index]) if index < len(self.plan.emitted) else 0
-        for start, emitted in reversed(self.pieces):
-            if step >= start:
-                return int(emitted[step - start]) if step < start + len(emitted) else 0
-        return 0
-
-    def steps_by_accepted(self, k: int) -> tuple[int, ...]:
-        """Verify steps by accepted drafts, 0 to k; vLLM counts before max_tokens cuts."""
-        if not self.accepted:
-            return (0,) * (k + 1)
-        return tuple(np.bincount(np.concatenate(self.accepted), minlength=k + 1).tolist())
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A decoding request's steps to its end if nothing intervenes; arrays run over these steps."""
-
-    start: int
-    k: int
-    emitted: Ints
-    output: Ints  # output tokens after the step, counted from the plan's start
-    tokens: Ints | int  # of the budget
-    context: Ints  # cache entries attended
-    blocks: Ints | None  # cache blocks held
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,13 +471,13 @@ class SimulatedEngine:
         """What a single decode step gives a request without a plan."""
         accepted = min(int(live.runs[live.cursor]), drafts)
         live.cursor += 1
-        if drafts:
-            live.accepted.append(np.array([accepted]))
-            live.drafted += drafts
-        self._emit(live, min(1 + accepted, live.output - live.done), number)
+        self._emit(live, min(1 + accepted, live.output - live.done), number, drafts, accepted)
 
-    def _emit(self, live: LiveRequest, tokens: int, number: int) -> None:
-        live.pieces.append((number, np.array([tokens])))
+    def _emit(
+        self, live: LiveRequest, tokens: int, number: int, drafts: int = 0, accepted: int = 0
+    ) -> None:
+        verified = np.array([accepted]) if drafts else None
+        live.pieces.append(Piece(number, np.array([tokens]), verified, drafts))
         live.done += tokens
         if live.done < live.output:
             self._open(live)
@@ -592,7 +518,7 @@ class SimulatedEngine:
                 blocks[0] = max(int(blocks[0]), live.held)
                 blocks = np.maximum.accumulate(blocks)
             columns[3] += blocks
-        live.plan = _Plan(self.step_number, k, emitted, output, drafts + 1, context, blocks)
+        live.plan = Plan(self.step_number, k, emitted, output, drafts + 1, context, blocks)
         self._tickets += 1
         live.ticket = self._tickets
         end = self.step_number + steps
@@ -615,13 +541,12 @@ class SimulatedEngine:
             if plan.blocks is not None:
                 columns[3] -= plan.blocks[taken:]
         if taken:
-            live.pieces.append((plan.start, plan.emitted[:taken]))
+            accepted = None
             if plan.k:
                 accepted = np.minimum(live.runs[live.cursor : live.cursor + taken], plan.k)
                 if live.hits is not None:
-                    accepted = accepted[live.hits[live.cursor : live.cursor + taken]]
-                live.accepted.append(accepted)
-                live.drafted += plan.k * len(accepted)
+                    accepted[~live.hits[live.cursor : live.cursor + taken]] = -1
+            live.pieces.append(Piece(plan.start, plan.emitted[:taken], accepted, plan.k))
             live.cursor += taken
             live.done += int(plan.output[taken - 1])
             if plan.blocks is not None:

@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 
 from specwise.errors import InputError
 from specwise.prediction.costs import StepCosts
-from specwise.prediction.scheduler import (
-    Floats,
-    Ints,
-    LiveRequest,
-    SchedulerConfig,
-    SimulatedEngine,
-    StepTrace,
-)
+from specwise.prediction.live_request import Ints, LiveRequest
+from specwise.prediction.scheduler import Floats, SchedulerConfig, SimulatedEngine, StepTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ class SimRun:
     @cached_property
     def first_token_s(self) -> Floats:
         """When each request's first token came."""
-        return self.ends_s[[live.pieces[0][0] for live in self.served]]
+        return self.ends_s[[live.pieces[0].first for live in self.served]]
 
     @cached_property
     def finished_s(self) -> Floats:
@@ -127,8 +121,8 @@ class SimRun:
     def chunks(self, index: int) -> tuple[Floats, Ints]:
         """Request ``index``'s chunks: when each came and how many tokens it brought."""
         pieces = self.served[index].pieces
-        times = [self.ends_s[start : start + len(emitted)] for start, emitted in pieces]
-        return np.concatenate(times), np.concatenate([emitted for _, emitted in pieces])
+        times = [self.ends_s[piece.first : piece.first + len(piece.tokens)] for piece in pieces]
+        return np.concatenate(times), np.concatenate([piece.tokens for piece in pieces])
 
 
 def simulate(

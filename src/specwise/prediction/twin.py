@@ -26,7 +26,8 @@ import orjson
 from aiohttp import web
 
 from specwise.errors import InputError, ServerError
-from specwise.prediction.scheduler import LiveRequest, SimulatedEngine
+from specwise.prediction.live_request import LiveRequest
+from specwise.prediction.scheduler import SimulatedEngine
 from specwise.prediction.simulation import SimRequest, draw_acceptance
 from specwise.prediction.truth import Fault, SegmentTruth, ServerTruth
 from specwise.prediction.twin_metrics import TwinMetrics
@@ -49,7 +50,7 @@ class _Stream:
     """A request between the engine and its connection."""
 
     live: LiveRequest
-    segment: SegmentTruth
+    acceptance: tuple[float, ...]
     steps: deque[int] = field(default_factory=deque)  # tokens of chunks not sent yet
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -232,12 +233,14 @@ class Twin:
         engine = self._engine
         finished, engine.finished = engine.finished, []
         for live in (*engine.running, *finished):
-            tokens = live.tokens_in(number)
+            tokens, drafts, accepted = live.output_of(number)
             stream = self._streams.get(live)
             if tokens and stream is not None:
                 stream.steps.append(tokens)
                 stream.news.set()
                 self._metrics.generated(tokens)
+                if drafts:
+                    self._metrics.verified(drafts, accepted, stream.acceptance)
 
     # Requests.
 
@@ -351,11 +354,11 @@ class Twin:
             cached=int(ask.prompt_tokens * segment.cached_share),
         )
         self._engine.check(live)
-        stream = _Stream(live, segment)
+        stream = _Stream(live, acceptance)
         self._streams[live] = stream
         self._arrived.append(live)
         self._work.set()
-        self._metrics.received(live, acceptance)
+        self._metrics.received(live)
         return stream
 
     async def _chunks(self, stream: _Stream) -> AsyncIterator[tuple[int, int]]:

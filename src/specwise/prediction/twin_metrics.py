@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from specwise.prediction.scheduler import LiveRequest
+from specwise.prediction.live_request import LiveRequest
 from specwise.prediction.truth import ServerTruth
 
 # Bounds of `v1/metrics/loggers.py`, in seconds.
@@ -26,10 +25,7 @@ _REQUEST_BOUNDS_S = (
 
 
 class TwinMetrics:
-    """Counts what the twin does and writes it down the way the engine it plays would.
-
-    Speculation counters are counted when a request ends (vLLM counts them step by step).
-    """
+    """Counts what the twin does and writes it down the way the engine it plays would."""
 
     def __init__(self, truth: ServerTruth) -> None:
         self._truth = truth
@@ -37,12 +33,10 @@ class TwinMetrics:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": truth.model} | ({"engine": "0"} if self._v1 else {})
         self._first_s: dict[LiveRequest, float] = {}
-        self._acceptance: dict[LiveRequest, tuple[float, ...]] = {}
         self._declare()
 
-    def received(self, live: LiveRequest, acceptance: tuple[float, ...]) -> None:
-        """A request was accepted; ``acceptance`` is its conditional truth."""
-        self._acceptance[live] = acceptance
+    def received(self, live: LiveRequest) -> None:
+        """A request was accepted."""
         if self._v1:
             self._queries.inc(live.prompt)
             self._hits.inc(live.cached)
@@ -56,6 +50,23 @@ class TwinMetrics:
     def generated(self, tokens: int) -> None:
         """Output tokens of one request in one step."""
         self._generation_tokens.inc(tokens)
+
+    def verified(self, drafts: int, accepted: int, acceptance: tuple[float, ...]) -> None:
+        """One request's verify step; ``acceptance`` is the conditional truth of its positions."""
+        if self._drafts is None:
+            self._declare_speculation()
+        assert self._drafts is not None  # noqa: S101 - just declared
+        self._draft_tokens.inc(drafts)
+        if self._v1:
+            self._drafts.inc()
+            self._accepted.inc(accepted)
+            for position in self._positions[:accepted]:
+                position.inc()
+            return
+        # V0 counted a position whose draft would pass, even behind one that did not: add what the
+        # positions behind the rejected one give on average.
+        self._accepted.inc(accepted + sum(acceptance[accepted + 1 : drafts]))
+        self._drafts.inc(accepted + 1)
 
     def preempted(self, requests: int) -> None:
         """Requests that lost their cache in a step."""
@@ -75,13 +86,16 @@ class TwinMetrics:
                 self._inference.observe(now_s - live.admitted_s)
             if live.output > 1:
                 self._tpot.observe((now_s - first_s) / (live.output - 1))
-        self._speculated(live, self._acceptance.pop(live))
 
     def text(self, *, running: int, waiting: int, kv_use: float, lag_s: tuple[float, float]) -> str:
         """The Prometheus text; ``lag_s`` is the twin's own (p99, max)."""
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_use.set(kv_use)
+        if self._drafts is not None and not self._v1:
+            drafted, k = _value(self._draft_tokens), self._truth.k
+            self._rate.set(_value(self._accepted) / drafted)
+            self._efficiency.set(_value(self._drafts) / (drafted / k * (k + 1)))
         self._lag_p99.set(lag_s[0])
         self._lag_max.set(lag_s[1])
         return generate_latest(self._registry).decode()
@@ -159,33 +173,6 @@ class TwinMetrics:
             self._drafts = self._counter("spec_decode_num_emitted_tokens", "Emitted tokens.")
             self._rate = self._gauge("spec_decode_draft_acceptance_rate", "Acceptance rate.")
             self._efficiency = self._gauge("spec_decode_efficiency", "System efficiency.")
-
-    def _speculated(self, live: LiveRequest, acceptance: tuple[float, ...]) -> None:
-        k = self._truth.k
-        histogram = np.array(live.steps_by_accepted(k))
-        steps = int(histogram.sum())
-        if not k or not steps:
-            return
-        if self._drafts is None:
-            self._declare_speculation()
-        assert self._drafts is not None  # noqa: S101 - just declared
-        accepted = int((histogram * np.arange(k + 1)).sum())
-        self._draft_tokens.inc(live.drafted)
-        if self._v1:
-            self._drafts.inc(steps)
-            self._accepted.inc(accepted)
-            at_least = histogram[::-1].cumsum()[::-1]
-            for counter, count in zip(self._positions, at_least[1:], strict=True):
-                counter.inc(int(count))
-            return
-        # V0 counted a position whose draft would pass, even after one that did not: add what the
-        # positions behind the rejected one give on average.
-        behind = [sum(acceptance[i + 1 :]) for i in range(k)]
-        self._accepted.inc(accepted + float((histogram[:k] * behind).sum()))
-        self._drafts.inc(accepted + steps)
-        drafted, emitted = _value(self._draft_tokens), _value(self._drafts)
-        self._rate.set(_value(self._accepted) / drafted)
-        self._efficiency.set(emitted / (drafted / k * (k + 1)))
 
 
 def _value(counter: Counter) -> float:
