@@ -207,6 +207,12 @@ def _over(total: Floats, per: Floats | NDArray[np.int64]) -> Floats:
 
 def _sorted_quantile(ordered: Floats, counts: NDArray[np.int64], q: float) -> Floats:
     """The q quantile of each sorted row, of which the first ``counts`` values are not NaN."""
+    if counts.size and counts.min() == counts.max() > 0:  # the usual case, and much the faster
+        place_of_all = q * (int(counts.flat[0]) - 1)
+        first = int(place_of_all)
+        then = min(first + 1, int(counts.flat[0]) - 1)
+        step = ordered[..., then] - ordered[..., first]
+        return np.asarray(ordered[..., first] + step * (place_of_all - first))
     place = q * np.maximum(counts - 1, 0)
     below = np.floor(place).astype(np.int64)
     above = np.minimum(below + 1, np.maximum(counts - 1, 0))
@@ -253,32 +259,37 @@ def bootstrap_variances(
     missing = clusters / (clusters - strata) if clusters > strata else 1.0
     drawn = _draws(pairs, np.random.default_rng([seed, *pairs.seed_words]), draws)
     times = _times_drawn(drawn, pairs.count)
-    inside = _share_inside(pairs)
+    resampled: dict[str, Floats] = {}
     variances: dict[str, float] = {}
     for column in dict.fromkeys(metric.column for metric in metrics):
         values = pairs.columns[column]
         known = ~np.isnan(values).any(0)
-        enough = len(np.unique(pairs.cluster[known])) >= 2
-        of_column = [m for m in metrics if m.column == column]
+        if len(np.unique(pairs.cluster[known])) < 2:
+            variances |= {m.name: math.nan for m in metrics if m.column == column}
+            continue
         sums = np.where(known, values, 0.0) @ times.T
         counts = times @ known
+        of_column = [m for m in metrics if m.column == column]
         if any(m.kind in _QUANTILES for m in of_column):
             padded = np.concatenate([values, np.full((2, 1), np.nan)], axis=1)
             ordered = np.sort(padded[:, drawn], axis=-1)
+            whole = np.broadcast_to(counts.astype(np.int64), sums.shape)
         for metric in of_column:
             if metric.kind in _QUANTILES:
-                whole = np.broadcast_to(counts.astype(np.int64), sums.shape)
-                statistics = _sorted_quantile(ordered, whole, _QUANTILES[metric.kind])
+                resampled[metric.name] = _sorted_quantile(ordered, whole, _QUANTILES[metric.kind])
             elif metric.kind == "ratio":
-                statistics = _over(sums, np.where(known, pairs.columns[metric.per], 0.0) @ times.T)
+                per = np.where(known, pairs.columns[metric.per], 0.0) @ times.T
+                resampled[metric.name] = _over(sums, per)
             else:
-                statistics = _over(sums, np.broadcast_to(counts, sums.shape))
-            logs = log_ratio(metric, statistics[0], statistics[1])
-            logs = logs[~np.isnan(logs)]
-            counted = missing / inside if metric.name == "output_tokens_per_s" else missing
-            variances[metric.name] = (
-                _spread(logs, metric.kind) * counted if enough and len(logs) > 1 else math.nan
-            )
+                resampled[metric.name] = _over(sums, np.broadcast_to(counts, sums.shape))
+    kinds = {metric.name: metric.kind for metric in metrics}
+    for tail in (False, True):
+        names = [name for name in resampled if (kinds[name] in _QUANTILES) == tail]
+        if names:
+            found = _spreads(np.stack([resampled[name] for name in names]), tail=tail)
+            variances |= dict(zip(names, (found * missing).tolist(), strict=True))
+    if "output_tokens_per_s" in variances:
+        variances["output_tokens_per_s"] /= _share_inside(pairs)
     return variances
 
 
@@ -290,16 +301,32 @@ def _share_inside(pairs: Pairs) -> float:
     return inside / total if 0 < inside <= total else 1.0
 
 
-def _spread(logs: Floats, kind: str) -> float:
-    """The variance of ``logs``; for a percentile that of the normal with their middle 68 %.
+def _spreads(values: Floats, *, tail: bool) -> Floats:
+    """Variance over the draws of log(candidate / baseline), ``values`` metrics x 2 x draws.
 
-    Draws of a tail percentile jump to the next larger request now and then. Their variance, ruled
-    by those jumps, is twice the estimate's own (docs/concepts/statistics.md).
+    For percentiles (``tail``) that of the normal with the draws' middle 68 %: draws of a tail
+    percentile jump to the next larger request now and then, and their variance, ruled by those
+    jumps, is twice the estimate's own (docs/concepts/statistics.md). NaN where fewer than two draws
+    have a value.
     """
-    if kind not in _QUANTILES:
-        return float(logs.var(ddof=1))
-    low, high = np.quantile(logs, [0.1587, 0.8413])
-    return float(((high - low) / 2) ** 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(values[:, 1]) - np.log(values[:, 0])
+    logs = np.where(np.isfinite(logs), logs, np.nan)
+    found = np.full(len(logs), np.nan)
+    for complete in (True, False):
+        rows = np.isfinite(logs).all(-1) == complete
+        if not complete:
+            rows &= np.isfinite(logs).sum(-1) > 1
+        if not rows.any():
+            continue
+        if tail:
+            quantile = np.quantile if complete else np.nanquantile
+            low, high = quantile(logs[rows], [0.1587, 0.8413], axis=-1)
+            found[rows] = ((high - low) / 2) ** 2
+        else:
+            variance = np.var if complete else np.nanvar
+            found[rows] = variance(logs[rows], axis=-1, ddof=1)
+    return found
 
 
 def trial_variances(pairs: Pairs, metrics: Sequence[Metric], *, seed: int) -> dict[str, float]:
