@@ -169,9 +169,9 @@ class Point:
     which draft nothing where they find nothing.
     """
 
-    batch: float
-    context_tokens: float
-    drafted_share: float = 1.0
+    batch: Any
+    context_tokens: Any
+    drafted_share: Any = 1.0
 
     def step_s(self, costs: StepCosts, k: int | None) -> Any:
         """Seconds of one step; ``k`` None decodes without drafts."""
@@ -188,33 +188,46 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class StaticBatch:
-    """``batch`` equal requests that start and end together: how throughput is often published."""
+    """``batch`` copies of one request that run in step: how throughput is often published.
+
+    ``drafted_share`` is the share of steps in which there are drafts, for all copies or for none:
+    below 1 for lookups. Fields but ``batch`` may be arrays, one element a kind of request.
+    """
 
     batch: int
-    prompt_tokens: float
-    output_tokens: float
-    drafted_share: float = 1.0
+    prompt_tokens: Any
+    output_tokens: Any
+    drafted_share: Any = 1.0
 
-    def prefill_s(self, costs: StepCosts) -> float:
+    def prefill_s(self, costs: StepCosts) -> Any:
         """Seconds until the first tokens: all prompts' tokens through target and drafter.
 
         The cost of attending inside a prompt is left out; prompts of some thousand tokens change
         little by it.
         """
         tokens = self.batch * self.prompt_tokens
-        return float(costs.step_s(StepShape(tokens, 0.0, self.batch, 0)))
+        return costs.step_s(StepShape(tokens, 0.0 * tokens, self.batch + 0.0 * tokens, 0))
 
-    def decode_s(self, costs: StepCosts, k: int | None, length: float) -> float:
+    def decode_s(self, costs: StepCosts, k: int | None, length: Any) -> Any:
         """Seconds of all decoding steps, at the mean context."""
         steps = (self.output_tokens - 1) / length
         context = self.prompt_tokens + self.output_tokens / 2
-        at = Point(self.batch, context, self.drafted_share)
-        return float(steps * at.step_s(costs, k))
+        batch = self.batch + 0.0 * context
+        if k is None:
+            return steps * Point(batch, context).step_s(costs, None)
+        with_drafts, without = (
+            Point(batch, context, share).step_s(costs, k) for share in (1.0, 0.0)
+        )
+        return steps * (self.drafted_share * with_drafts + (1 - self.drafted_share) * without)
 
-    def speedup(self, costs: StepCosts, baseline: StepCosts, *, k: int, length: float) -> float:
+    def tokens_per_s(self, costs: StepCosts, k: int | None, length: Any = 1.0) -> Any:
+        """Output tokens per second; ``k`` None without speculation."""
+        elapsed_s = self.prefill_s(costs) + self.decode_s(costs, k, length)
+        return self.batch * self.output_tokens / elapsed_s
+
+    def speedup(self, costs: StepCosts, baseline: StepCosts, *, k: int, length: Any) -> Any:
         """Throughput with ``length`` tokens per verify step over throughput without speculation."""
-        before = self.prefill_s(baseline) + self.decode_s(baseline, None, 1.0)
-        return before / (self.prefill_s(costs) + self.decode_s(costs, k, length))
+        return self.tokens_per_s(costs, k, length) / self.tokens_per_s(baseline, None)
 
     def length_for(self, costs: StepCosts, baseline: StepCosts, *, k: int, speedup: float) -> float:
         """The length at which `speedup` is ``speedup``: acceptance inferred from a measurement.
@@ -226,4 +239,4 @@ class StaticBatch:
         length = self.decode_s(costs, k, 1.0) / left_s if left_s > 0 else math.inf
         if not 0 < length < math.inf:
             raise ValueError(f"no acceptance gives a speedup of {speedup:g}")
-        return length
+        return float(length)
