@@ -191,10 +191,10 @@ class StaticBatch:
     """``batch`` copies of one request that run in step: how throughput is often published.
 
     ``drafted_share`` is the share of steps in which there are drafts, for all copies or for none:
-    below 1 for lookups. Fields but ``batch`` may be arrays, one element a kind of request.
+    below 1 for lookups. Fields may be arrays, one element a kind of request.
     """
 
-    batch: int
+    batch: Any
     prompt_tokens: Any
     output_tokens: Any
     drafted_share: Any = 1.0
