@@ -477,7 +477,7 @@ def test_flipping_one_fact_flips_its_condition(rule: str) -> None:
             assert rule in after.verdict.rule
     if after.verdict.arm == ARM:
         said = after.explained()
-        where = said.open_ if case.status == "unknown" else (*said.ruled_out, *said.against)
+        where = said.unknown if case.status == "unknown" else (*said.ruled_out, *said.against)
         assert rule in {c.id for c in where}
         assert (rule in {c.id for c in said.ruled_out}) == (found.veto and found.status == "fail")
 

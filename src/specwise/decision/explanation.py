@@ -43,7 +43,7 @@ class Explanation:
     """Why the verdict is what it is.
 
     ``ruled_out`` are failing conditions that forbid "on", ``supports`` and ``against`` the others
-    that hold or fail for the study and this arm, ``open_`` those nobody can answer yet.
+    that hold or fail for the study and this arm, ``unknown`` those nobody can answer yet.
     ``recompute`` are shell commands over the raw records.
     """
 
@@ -53,7 +53,7 @@ class Explanation:
     ruled_out: tuple[Condition, ...]
     supports: tuple[Condition, ...]
     against: tuple[Condition, ...]
-    open_: tuple[Condition, ...]
+    unknown: tuple[Condition, ...]
     recompute: tuple[str, ...]
 
 
@@ -73,7 +73,7 @@ def explain(assessment: Assessment) -> Explanation:
         ruled_out=tuple(c for c in failing if c.veto),
         supports=tuple(c for c in about if c.status == "pass"),
         against=tuple(c for c in failing if not c.veto),
-        open_=tuple(c for c in about if c.status == "unknown"),
+        unknown=tuple(c for c in about if c.status == "unknown"),
         recompute=_commands(findings.study, verdict.effect),
     )
 

@@ -47,7 +47,7 @@ def groups(found: Explanation) -> list[tuple[str, Sequence[Condition]]]:
     named: list[tuple[str, Sequence[Condition]]] = [
         ("Ruled out by", found.ruled_out),
         ("Against", found.against),
-        ("Nobody knows yet", found.open_),
+        ("Nobody knows yet", found.unknown),
         ("For", found.supports),
     ]
     return [(title, held) for title, held in named if held]
