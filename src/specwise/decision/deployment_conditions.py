@@ -52,7 +52,8 @@ def _draft(arm: str, facts: ArmFacts, without: str) -> Iterator[Condition]:
     yield condition(
         "A1",
         arm,
-        f"1:{pair.active_ratio:.3g} ({pair.target.name} to {pair.draft.name}): {pair.band.name}",
+        f"1:{pair.active_ratio:.3g} ({_last(pair.target.name)} to {_last(pair.draft.name)}): "
+        f"{pair.band.name}",
         "unknown" if pair.band.severity == ADVICE else status,
     )
     families = (pair.target.family, pair.draft.family)
@@ -75,6 +76,11 @@ def _draft(arm: str, facts: ArmFacts, without: str) -> Iterator[Condition]:
         f"{shown}; draft {'quantised' if pair.draft.quantization else 'not quantised'}",
         by_sign(False if left else True if same else None),
     )
+
+
+def _last(name: str) -> str:
+    """A hub id without its owner, a folder without the path to it."""
+    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _memory(
