@@ -36,6 +36,7 @@ from specwise.domain import (
     StudyData,
 )
 from specwise.errors import InputError
+from specwise.vllm.response import acceptance_from_chunks
 
 ARMS = (
     Arm("baseline", url="http://a"),
@@ -97,7 +98,10 @@ def test_units_that_never_differ_get_the_rule_of_three() -> None:
     """Sixty prompts with the same counts do not prove that the sixty-first has them too."""
     same = [(7.0, 12.0), (3.0, 9.0), (12.0, 12.0)] * 20
     found = paired_difference(same, same)
-    assert (found.low, found.high) == pytest.approx((-0.05, 0.05))
+    apart = 1 - 3 / 9
+    assert (found.low, found.high) == pytest.approx((-0.05 * apart, 0.05 * apart))
+    constant = paired_difference([(4.0, 4.0)] * 30, [(4.0, 4.0)] * 30)
+    assert (constant.low, constant.high) == pytest.approx((-0.1, 0.1))
     few = paired_difference(same[:9], same[:9])
     assert judge_drop(few, 9)[0] == "cannot tell"
 
@@ -223,11 +227,26 @@ def test_counters_are_compared_by_trial_and_workload() -> None:
     assert "nothing else used it" in found["mix"].note
 
 
-def test_chunks_beside_the_servers_figures_are_marked_as_an_estimate() -> None:
-    chunks = study("a", seed=1, source=AcceptanceSource.CHUNKS)
-    change = compare_studies(chunks, study("b", seed=2))
-    assert {a.source for a in change.acceptance} == {AcceptanceSource.CHUNKS}
-    assert "estimated from chunks" in change.acceptance[0].note
+def test_chunks_on_one_side_make_an_estimate_of_both() -> None:
+    """The estimate leaves out each request's last step; on one side alone that would be a drop."""
+    measured = study("b", seed=2)
+    without = tuple(
+        replace(
+            t,
+            records=tuple(
+                replace(r, acceptance=acceptance_from_chunks(r.chunk_tokens or (), finished=True))
+                if r.acceptance
+                else r
+                for r in t.records
+            ),
+        )
+        for t in measured.trials
+    )
+    change = compare_studies(replace(measured, folder="a", trials=without), measured)
+    for found in change.acceptance:
+        assert found.source is AcceptanceSource.CHUNKS
+        assert found.estimate.difference == 0
+        assert "both are estimated" in found.note
 
 
 def test_prompts_that_are_not_shared_are_not_paired() -> None:

@@ -45,11 +45,13 @@ from specwise.domain import (
     StudyData,
 )
 from specwise.errors import InputError
+from specwise.vllm.response import acceptance_from_chunks
 
 DROP = 0.05
 """The drop of the acceptance rate that calls for a remedy: 5 percentage points (req: D2)."""
 
 _RULE_OF_THREE = 3.0
+_ROUNDING = 1e-12
 _MOST_TIMES_MORE = 100
 
 AcceptanceVerdict = Literal["fell", "held", "cannot tell"]
@@ -207,11 +209,18 @@ def paired_difference(before: Sequence[Counted], after: Sequence[Counted]) -> Es
     residuals z = (y - r x) / mean(x) of the two sides are subtracted unit by unit, and Student's t
     with n - 1 degrees of freedom bounds their mean. Where no unit differs at all the interval is
     the rule of three: with n units alike, at most about 3 / n of all units differ (Hanley and
-    Lippman-Hand, JAMA 249, 1983), by at most 1 each. No interval below two units.
+    Lippman-Hand, JAMA 249, 1983), each taken to move by as much as the units' rates lie apart.
+    No interval below two units.
     """
     first, second = (np.asarray(side, dtype=np.float64) for side in (before, after))
     (rate_a, z_a), (rate_b, z_b) = _residuals(first), _residuals(second)
-    return _estimate(rate_a, rate_b, _half_width(z_b - z_a))
+    z = z_b - z_a
+    if len(z) < 2:
+        return _estimate(rate_a, rate_b, math.nan)
+    if z.std() < _ROUNDING:
+        return _estimate(rate_a, rate_b, _RULE_OF_THREE / len(z) * _apart(first, second))
+    standard_error = float(z.std(ddof=1)) / math.sqrt(len(z))
+    return _estimate(rate_a, rate_b, t_quantile(len(z) - 1, CONFIDENCE) * standard_error)
 
 
 def unpaired_difference(before: Sequence[Counted], after: Sequence[Counted]) -> Estimate:
@@ -221,8 +230,9 @@ def unpaired_difference(before: Sequence[Counted], after: Sequence[Counted]) -> 
     if min(len(z_a), len(z_b)) < 2:
         return _estimate(rate_a, rate_b, math.nan)
     parts = [float(z.var(ddof=1)) / len(z) for z in (z_a, z_b)]
-    if sum(parts) == 0:
-        return _estimate(rate_a, rate_b, _RULE_OF_THREE / min(len(z_a), len(z_b)))
+    if sum(parts) < _ROUNDING**2:
+        units = min(len(z_a), len(z_b))
+        return _estimate(rate_a, rate_b, _RULE_OF_THREE / units * _apart(first, second))
     dof = sum(parts) ** 2 / sum(
         part**2 / (len(z) - 1) for part, z in zip(parts, (z_a, z_b), strict=True)
     )
@@ -236,13 +246,10 @@ def _residuals(counted: Floats) -> tuple[float, Floats]:
     return rate, (accepted - rate * drafted) / drafted.mean()
 
 
-def _half_width(z: Floats) -> float:
-    if len(z) < 2:
-        return math.nan
-    spread = float(z.std(ddof=1))
-    if spread < 1e-12:  # rounding: equal units
-        return _RULE_OF_THREE / len(z)
-    return t_quantile(len(z) - 1, CONFIDENCE) * spread / math.sqrt(len(z))
+def _apart(*sides: Floats) -> float:
+    """How far the units' rates lie apart; 1 where they are all the same."""
+    rates = np.concatenate([side[:, 0] / side[:, 1] for side in sides])
+    return float(np.ptp(rates)) or 1.0
 
 
 def _estimate(before: float, after: float, half: float) -> Estimate:
@@ -321,6 +328,13 @@ def _by_prompt(
     if sources[0] is None or sources[1] is None:
         return None
     k, notes = _common_draft_length(pair)
+    if sources[0] is not sources[1]:
+        # The estimate is low by about a step a request: on both sides alike, that cancels.
+        records = [[_estimated(record) for record in side] for side in records]
+        sources = [AcceptanceSource.CHUNKS, AcceptanceSource.CHUNKS]
+        notes.append("one study has only chunks to tell from, so both are estimated from them")
+    elif sources[0] is AcceptanceSource.CHUNKS:
+        notes.append("estimated from tokens per chunk")
     sides = [
         _prompt_counts(side, source, arm.speculation, k)
         for side, source, arm in zip(records, sources, (pair.before, pair.after), strict=True)
@@ -334,12 +348,6 @@ def _by_prompt(
         estimate = unpaired_difference(*(list(side.values()) for side in sides))
         units = min(len(side) for side in sides)
         notes.append("the studies share too few prompts to pair them")
-    if sources[0] is not sources[1]:
-        notes.append(
-            "acceptance is the server's in one study and estimated from chunks in the other"
-        )
-    elif sources[0] is AcceptanceSource.CHUNKS:
-        notes.append("estimated from tokens per chunk")
     verdict, more = judge_drop(estimate, units)
     return AcceptanceChange(
         arm=pair.name,
@@ -349,7 +357,7 @@ def _by_prompt(
         units=units,
         unit="prompts",
         paired=paired,
-        source=AcceptanceSource.CHUNKS if AcceptanceSource.CHUNKS in sources else sources[0],
+        source=sources[0],
         verdict=verdict,
         more=more,
         same_outputs=_same_outputs(records),
@@ -363,6 +371,13 @@ def _best_source(records: Iterable[RequestRecord]) -> AcceptanceSource | None:
         if source in found:
             return source
     return None
+
+
+def _estimated(record: RequestRecord) -> RequestRecord:
+    """The record with its acceptance estimated from its chunks, whatever else was known."""
+    tokens = record.chunk_tokens or ()
+    estimate = acceptance_from_chunks(tokens, finished=record.finish_reason is not None)
+    return replace(record, acceptance=estimate)
 
 
 def _common_draft_length(pair: ArmPair) -> tuple[int, list[str]]:
