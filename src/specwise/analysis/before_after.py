@@ -324,20 +324,20 @@ def _common_tables(pair: ArmPair, held: tuple[Cells, Cells]) -> list[list[TrialT
 def _by_prompt(
     pair: ArmPair, segment: str, records: Sequence[Sequence[RequestRecord]]
 ) -> AcceptanceChange | None:
-    sources = [_best_source(side) for side in records]
-    if sources[0] is None or sources[1] is None:
+    source, other = (_best_source(side) for side in records)
+    if source is None or other is None:
         return None
     k, notes = _common_draft_length(pair)
-    if sources[0] is not sources[1]:
+    if source is not other:
         # The estimate is low by about a step a request: on both sides alike, that cancels.
         records = [[_estimated(record) for record in side] for side in records]
-        sources = [AcceptanceSource.CHUNKS, AcceptanceSource.CHUNKS]
+        source = AcceptanceSource.CHUNKS
         notes.append("one study has only chunks to tell from, so both are estimated from them")
-    elif sources[0] is AcceptanceSource.CHUNKS:
+    elif source is AcceptanceSource.CHUNKS:
         notes.append("estimated from tokens per chunk")
     sides = [
         _prompt_counts(side, source, arm.speculation, k)
-        for side, source, arm in zip(records, sources, (pair.before, pair.after), strict=True)
+        for side, arm in zip(records, (pair.before, pair.after), strict=True)
     ]
     shared = sorted(sides[0].keys() & sides[1].keys())
     paired = 2 * len(shared) >= min(len(sides[0]), len(sides[1]))
@@ -357,7 +357,7 @@ def _by_prompt(
         units=units,
         unit="prompts",
         paired=paired,
-        source=sources[0],
+        source=source,
         verdict=verdict,
         more=more,
         same_outputs=_same_outputs(records),
@@ -400,7 +400,7 @@ def _draft_lengths(speculation: Speculation | None) -> list[int]:
 
 def _prompt_counts(
     records: Iterable[RequestRecord],
-    source: AcceptanceSource | None,
+    source: AcceptanceSource,
     speculation: Speculation | None,
     k: int,
 ) -> dict[str, Counted]:
