@@ -36,6 +36,7 @@ STAGES: dict[str, dict[str, str]] = {
     },
     "Watch": {
         "watch": "Is it still true in production?",
+        "tap": "A proxy that measures each request, by temperature and segment.",
         "alerts": "Prometheus rules with this study's own thresholds.",
         "dashboard": "A Grafana dashboard with this study's figures as lines.",
     },

@@ -159,6 +159,15 @@ def _summary(message: dict[str, Any]) -> Summary:
     )
 
 
+def whole_answer(body: bytes) -> tuple[Summary, str | None] | None:
+    """Counts and finish reason of an answer that was not streamed; None if it is none."""
+    try:
+        message = orjson.loads(body)
+        return _summary(message), message["choices"][0].get("finish_reason")
+    except (orjson.JSONDecodeError, AttributeError, TypeError, ValueError, LookupError):
+        return None
+
+
 def error_message(message: Any) -> str:
     """The text of an error in OpenAI's or vLLM's form (already decoded JSON); "" if none is there.
 

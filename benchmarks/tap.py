@@ -1,0 +1,214 @@
+"""What `specwise tap` adds to TTFT, beside a direct connection in the same run.
+
+A scripted server (``load_server.py``) streams a chunk every 20 ms; specwise's own load generator
+sends Poisson arrivals that keep about 200 streams open (or as many as asked), in turns directly and
+through tap, the order turned round each time. ``framework`` is the same way through a plain aiohttp
+proxy, which measures nothing: the reason why tap is not built on one. Added is the difference of
+the percentiles of one round; printed are medians over the rounds, with their range. Then 10,000
+connections are opened and dropped in various states, and tap's memory and descriptors compared.
+
+    python benchmarks/tap.py [--rounds 5] [--streams 200] [--tap-core 0] [--other-core 1]
+
+Exits with 1 if the median of the rounds' added TTFT p99 is 1 ms or more, or something leaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHUNKS = 64
+STREAM_S = 0.050 + 0.020 * (CHUNKS - 1)
+DROPPED = 10_000
+
+AIOHTTP_PROXY = """
+import sys, asyncio, uvloop
+from aiohttp import ClientSession, TCPConnector, web
+upstream = sys.argv[1]
+async def main():
+    session = ClientSession(connector=TCPConnector(limit=0), auto_decompress=False)
+    async def passed_on(request):
+        body = await request.read()
+        url = upstream + request.path_qs
+        async with session.request(request.method, url, data=body) as answer:
+            out = web.StreamResponse(status=answer.status)
+            out.content_type = answer.content_type
+            await out.prepare(request)
+            async for piece in answer.content.iter_any():
+                await out.write(piece)
+            await out.write_eof()
+            return out
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", passed_on)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]
+    print(f"proxy at http://127.0.0.1:{port}", file=sys.stderr, flush=True)
+    await asyncio.Event().wait()
+uvloop.run(main())
+"""
+
+CLIENT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from load_clients import specwise_client
+print(json.dumps(specwise_client(json.loads(sys.argv[2]))))
+"""
+
+
+def on(core: int, command: list[str]) -> list[str]:
+    return ["taskset", "--cpu-list", str(core), *command]
+
+
+def start(command: list[str], core: int) -> tuple[subprocess.Popen[str], str]:
+    """A proxy on its core, and its address."""
+    process = subprocess.Popen(on(core, command), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"(?:tap|proxy) at (http://\S+)", line)
+        if found:
+            return process, found[1]
+    raise RuntimeError("the proxy did not start")
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def measure(url: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    rate = options.streams / STREAM_S
+    setting = {"url": url, "rate": rate, "count": int(rate * options.seconds), "seed": seed}
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", CLIENT, here, json.dumps(setting)]
+    done = subprocess.run(
+        on(options.other_core, command), check=True, capture_output=True, text=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def shown(values: list[float]) -> str:
+    return f"{statistics.median(values):6.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def drop_connections(url: str) -> None:
+    """Open connections and leave them in every state: silent, half a head, half an answer."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "m", "prompt": "p", "stream": True, "max_tokens": CHUNKS})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    states = (b"", b"POST /v1/comp", head.encode() + b'{"mod', (head + body).encode())
+    for batch in range(DROPPED // 250):
+        held = []
+        for i in range(250):
+            sock = socket.create_connection((host, int(port)), timeout=10)
+            sock.sendall(states[i % 4])
+            held.append(sock)
+        time.sleep(0.07 if batch % 2 else 0.0)
+        for sock in held:
+            sock.close()
+
+
+def state_of(pid: int) -> tuple[int, float]:
+    """(open descriptors, resident MiB) of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return len(list(Path(f"/proc/{pid}/fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> int:  # noqa: PLR0915 - a script, read from top to bottom
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of sending, each run")
+    parser.add_argument("--tap-core", type=int, default=0)
+    parser.add_argument("--other-core", type=int, default=1, help="of the server and the load")
+    options = parser.parse_args()
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("load_server.py"), str(options.other_core)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    upstream = f"http://127.0.0.1:{int(server.stdout.readline())}"
+    folder = tempfile.TemporaryDirectory()
+    command = [sys.executable, "-m", "specwise.cli.main", "tap", "--upstream", upstream]
+    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+    command += ["--records", folder.name]
+    tap, tap_url = start(command, options.tap_core)
+    proxy, proxy_url = start([sys.executable, "-c", AIOHTTP_PROXY, upstream], options.tap_core)
+    try:
+        ways = {"direct": upstream, "tap": tap_url, "framework": proxy_url}
+        pids = {"tap": tap.pid, "framework": proxy.pid}
+        ttft: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        cores: dict[str, list[float]] = {way: [] for way in pids}
+        failed = 0
+        for turn in range(options.rounds):
+            for way in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
+                before_s = cpu_s(pids[way]) if way in pids else 0.0
+                result = measure(ways[way], turn, options)
+                failed += result["failed"]
+                ms = [s * 1e3 for s in result["ttft_s"]]
+                ttft[way].append({"p50": percentile(ms, 0.5), "p99": percentile(ms, 0.99)})
+                if way in pids:
+                    used_s = cpu_s(pids[way]) - before_s
+                    cores[way].append(used_s / (options.seconds + STREAM_S))
+        print(
+            f"{os.cpu_count()} cores; {options.streams} streams, "
+            f"{options.streams / STREAM_S * CHUNKS:,.0f} chunks/s; {options.rounds} rounds"
+        )
+        added = {}
+        for way in ways:
+            for share in ("p50", "p99"):
+                values = [row[share] for row in ttft[way]]
+                added[way, share] = [
+                    a[share] - b[share] for a, b in zip(ttft[way], ttft["direct"], strict=True)
+                ]
+                line = f"{way:<10} TTFT {share} {shown(values):<24} ms"
+                if way != "direct":
+                    line += f"   added {shown(added[way, share]):<22} ms"
+                print(line)
+            if way in cores:
+                print(f"{way:<10} uses {statistics.median(cores[way]):.0%} of a core")
+        before = state_of(tap.pid)
+        drop_connections(tap_url)  # the first round fills the allocator's pools
+        time.sleep(2)
+        middle = state_of(tap.pid)
+        drop_connections(tap_url)
+        time.sleep(2)
+        after = state_of(tap.pid)
+        alive = not measure(tap_url, 99, options)["failed"]
+    finally:
+        for process in (tap, proxy, server):
+            process.kill()
+            process.communicate()
+        folder.cleanup()
+    print(
+        f"{DROPPED:,} connections dropped, twice: descriptors {before[0]}, {middle[0]}, {after[0]};"
+        f" resident MiB {before[1]:.1f}, {middle[1]:.1f}, {after[1]:.1f};"
+        f" serves {'on' if alive else 'NO MORE'}; failed requests {failed}"
+    )
+    p99 = statistics.median(added["tap", "p99"])
+    leak = after[0] > before[0] + 2 or after[1] > middle[1] + 8
+    print(f"added TTFT p99 {p99:.2f} ms, bar 1 ms: {'ok' if p99 < 1 else 'MISSED'}")
+    return int(p99 >= 1 or leak or not alive or failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
