@@ -2,8 +2,9 @@
 
     python benchmarks/prediction.py [SECTION ...]
 
-Sections: ``published`` (other people's measurements reproduced), ``simulation`` (its speed). Each is
-a module beside this one and its function, which prints and says whether its bars are met.
+Sections: ``published`` (other people's measurements reproduced) and ``simulation`` (its speed). A
+section is a module beside this one and its function, which prints and says whether its bars are
+met.
 """
 
 from __future__ import annotations

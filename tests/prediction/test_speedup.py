@@ -135,3 +135,22 @@ def test_a_static_batch_without_prompts_is_the_step_speedup() -> None:
     found = work.speedup(FREE_VERIFY, BASELINE, k=3, length=2.5)
     assert found == pytest.approx(2.5 / 1.3, rel=1e-3)
     assert math.isfinite(found)
+
+
+def test_copies_of_one_request_draft_together_or_not_at_all() -> None:
+    """Half of the steps verify, half decode plainly: against stepping through them one by one."""
+    costs = LinearCosts(0.010, 1e-4, 1e-8, speculates=True)
+    work = s.StaticBatch(16, prompt_tokens=0, output_tokens=1001, drafted_share=0.5)
+    steps = [s.Point(16, 500.5, share).step_s(costs, 3) for share in (1.0, 0.0)] * 250
+    assert work.decode_s(costs, 3, length=2.0) == pytest.approx(sum(steps))
+
+
+def test_kinds_of_requests_at_once_are_those_one_by_one() -> None:
+    costs = LinearCosts(0.010, 1e-5, 1e-8, 0.001, speculates=True)
+    prompts, outputs, lengths = np.array([[50, 900], [100, 300], [1.5, 2.5]])
+    together = s.StaticBatch(8, prompts, outputs).tokens_per_s(costs, 3, lengths)
+    alone = [
+        s.StaticBatch(8, p, o).tokens_per_s(costs, 3, n)
+        for p, o, n in zip(prompts, outputs, lengths, strict=True)
+    ]
+    assert together == pytest.approx(alone)

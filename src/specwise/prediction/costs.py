@@ -6,11 +6,13 @@ constants are few: one `Efficiency` a GPU, one `Overheads` a generation of vLLM.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specwise.domain import Checkpoint, Gpu, KvGroup, Speculation
 from specwise.errors import InputError
@@ -204,7 +206,7 @@ class Model:
         """
         dense = self.body - self.sparse + self.head
         if not self.experts:
-            return dense + 0.0 * tokens
+            return dense
         missed = (1 - self.active_experts / self.experts) ** tokens
         return dense + self.sparse * (1 - missed)
 
@@ -290,9 +292,13 @@ def graph_tokens(tokens: Any, largest: int) -> Any:
             return tokens if tokens > largest else 1 << max(math.ceil(tokens) - 1, 0).bit_length()
         by = 16 if tokens > 256 else 8
         return math.ceil(tokens / by) * by
-    padded = np.where(tokens > 256, np.ceil(tokens / 16) * 16, np.ceil(tokens / 8) * 8)
-    small = np.where(tokens > 2, 4, np.where(tokens > 1, 2, 1))
-    return np.where(tokens > largest, tokens, np.where(tokens <= 4, small, padded))
+    steps = np.minimum(np.ceil(tokens), largest + 1).astype(int)
+    return np.where(tokens > largest, tokens, _staircase(largest)[steps])
+
+
+@functools.cache
+def _staircase(largest: int) -> NDArray[np.float64]:
+    return np.array([graph_tokens(tokens, largest) for tokens in range(largest + 2)], dtype=float)
 
 
 def _larger(one: Any, other: Any) -> Any:
@@ -391,7 +397,7 @@ class RooflineCosts:
 
     def _communication_s(self, model: Model, tokens: Any, split: int) -> Any:
         if split == 1:
-            return 0.0 * tokens
+            return 0.0
         eff = self.efficiency
         message = 2 * (split - 1) / split * tokens * model.hidden_size * 2
         moved_s = message / (eff.link * self.gpu.link_bytes_per_s)
