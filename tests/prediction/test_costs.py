@@ -196,8 +196,8 @@ def test_every_known_gpu_has_a_price() -> None:
 
 def test_the_published_speedups_are_reproduced() -> None:
     """Issue's bar: 4 % mean, 12 % at most, acceptance never from the points that are judged."""
-    for given in (True, False):
-        mean, largest = errors(list(reproduce(batch_series(), given=given)))
+    for traces in (True, False):
+        mean, largest = errors(list(reproduce(batch_series(), given=traces)))
         assert mean <= 0.025
         assert largest <= 0.10
 
