@@ -9,7 +9,16 @@ import click
 
 
 @click.command(epilog="Example: specwise decide chat-20261122-101500 --explain")
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("study", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--from-tap",
+    "tap_records",
+    type=click.Path(path_type=Path),
+    help="Instead: what the records of `specwise tap` in this folder can decide.",
+)
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="With --from-tap: the study to hold up."
+)
 @click.option("--explain", "explained", is_flag=True, help="Every step, to be checked by hand.")
 @click.option(
     "--watched/--not-watched",
@@ -17,13 +26,27 @@ import click
     help="Whether production's acceptance is monitored and alerted on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print verdict and evidence as JSON.")
-def decide(study: Path, *, explained: bool, watched: bool | None, as_json: bool) -> None:
+def decide(
+    study: Path | None,
+    *,
+    tap_records: Path | None,
+    against: Path | None,
+    explained: bool,
+    watched: bool | None,
+    as_json: bool,
+) -> None:
     """Should the deployment measured in STUDY speculate?
 
     Says on, on with a schedule, off, or measure more, overall and for each segment, with evidence.
 
     Exit code 0: on (with or without a schedule). 1: off. 3: not decidable from what was measured.
     """
+    if tap_records is not None:
+        from specwise.cli.from_tap import decide_from_tap  # noqa: PLC0415
+
+        decide_from_tap(tap_records, against=against, as_json=as_json)
+    if study is None:
+        raise click.UsageError("Give a STUDY, or --from-tap FOLDER.")
     from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
     from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.decision.explanation import explain  # noqa: PLC0415

@@ -162,7 +162,7 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
                     segment=segment,
                     temperature=design.segment(segment).temperature,
                     rate=of_segment.rate,
-                    spread=_spread(r for r in records if r.segment == segment),
+                    spread=request_spread(r for r in records if r.segment == segment),
                 )
             )
     return Expectations(
@@ -173,7 +173,7 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
         production_load=load,
         rate=whole.rate,
         length=whole.length,
-        spread=_spread(records),
+        spread=request_spread(records),
         segments=tuple(segments),
         break_even=_break_even(
             whole.rate, whole.length, candidate.tpot_s.mean / baseline.tpot_s.mean
@@ -188,7 +188,7 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
     )
 
 
-def _spread(records: Iterable[RequestRecord]) -> Spread | None:
+def request_spread(records: Iterable[RequestRecord]) -> Spread | None:
     """Noise and spread of the requests' rates; None with fewer than two requests."""
     counts = [r.acceptance for r in records]
     held = np.array(
