@@ -1,0 +1,239 @@
+"""Step costs fitted to measured steps: what `specwise calibrate` stores and `predict` reads.
+
+A step takes T(n) for n tokens through the target, plus a slope over the cache, plus for a drafter
+its first pass over the n tokens and k - 1 passes over one token a request:
+
+    step = T(n) + c C + [first pass] (p + d n) + (k - 1) (p + d r),
+    T(n) = t0 + t1 n + sum over knots m of h_m max(n - m, 0) + g_m min(n, m),
+
+with n tokens, C cached tokens, r requests. All coefficients are non-negative (Lawson and Hanson's
+NNLS, on relative errors), so that more work never costs less; the two kinds of knots let T bend
+either way: flat while weights are loaded, steeper once compute binds, or less steep where threads
+fill up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from specwise.errors import InputError, StoreError
+from specwise.prediction.costs import StepShape
+
+SCHEMA_VERSION = 1
+KNOTS = (4, 16, 64)
+_NEXT = "Make one with `specwise calibrate --out FILE`."
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedStep:
+    """The median time of steps of one shape, of the baseline (``k`` None) or a speculating server.
+
+    ``tokens``, ``context_tokens`` and ``requests`` as in `StepShape`; ``steps`` is how many were
+    seen. A first step over prompts only (prefill) has ``prefill`` set: no later draft passes.
+    """
+
+    tokens: float
+    context_tokens: float
+    requests: float
+    k: int | None
+    seconds: float
+    steps: int
+    prefill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FittedCosts:
+    """Coefficients of the module's formula, in seconds; ``method`` is "" for a baseline.
+
+    ``lookup`` says that the method drafts without a model: p is then its only cost.
+    """
+
+    base_s: float
+    token_s: float
+    above_s: tuple[float, ...]
+    below_s: tuple[float, ...]
+    context_token_s: float
+    pass_s: float = 0.0
+    draft_token_s: float = 0.0
+    method: str = ""
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a drafter runs."""
+        return bool(self.method)
+
+    def target_s(self, tokens: Any, context_tokens: Any, requests: Any) -> Any:  # noqa: ARG002
+        """T(n) + c C."""
+        found = self.base_s + self.token_s * tokens + self.context_token_s * context_tokens
+        for knot, above_s, below_s in zip(KNOTS, self.above_s, self.below_s, strict=True):
+            found = found + above_s * np.maximum(tokens - knot, 0)
+            found = found + below_s * np.minimum(tokens, knot)
+        return found
+
+    def draft_s(self, tokens: Any, context_tokens: Any, requests: Any, k: Any) -> Any:  # noqa: ARG002
+        """(p + d n) + (k - 1)(p + d r); a lookup's p alone."""
+        if not self.method:
+            return 0.0 * tokens
+        if self.method in ("ngram", "suffix"):
+            return self.pass_s * np.minimum(k, 1)
+        later = np.maximum(k - 1, 0)
+        first_s = self.pass_s + self.draft_token_s * tokens
+        return first_s + later * (self.pass_s + self.draft_token_s * requests)
+
+    def overhead_s(self, requests: Any, k: Any) -> Any:  # noqa: ARG002
+        """Nothing apart: the host's work is inside what was measured."""
+        return 0.0 * requests
+
+    def step_s(self, shape: StepShape) -> Any:
+        """The whole step."""
+        return self.target_s(shape.tokens, shape.context_tokens, shape.requests) + self.draft_s(
+            shape.tokens, shape.context_tokens, shape.requests, shape.k
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Costs of the baseline and of one speculating configuration, with what they were fitted to.
+
+    ``residuals[i]`` is predicted / observed - 1 of ``observed[i]``.
+    """
+
+    baseline: FittedCosts
+    candidate: FittedCosts
+    observed: tuple[ObservedStep, ...]
+    residuals: tuple[float, ...]
+    about: Mapping[str, Any]
+
+    @property
+    def median_error(self) -> float:
+        """Median absolute relative error over the observations."""
+        return float(np.median(np.abs(self.residuals)))
+
+
+def fit_steps(observed: Sequence[ObservedStep], *, method: str, about: Mapping[str, Any]) -> Fit:
+    """The coefficients that fit ``observed`` best, of both arms together.
+
+    The target's T is shared by both arms: a verify step is a step over more tokens. Raises
+    InputError where there are too few different shapes.
+    """
+    plain = [o for o in observed if o.k is None]
+    if len({o.tokens for o in plain}) < 3 or len(plain) == len(observed):
+        raise InputError(
+            "Too few different steps were observed to fit costs.",
+            "Calibrate at three concurrencies or more, with and without speculation.",
+        )
+    rows = np.array([_basis(o, method) for o in observed])
+    seconds = np.array([o.seconds for o in observed])
+    weights = 1 / seconds
+    coefficients, _ = nnls(rows * weights[:, None], np.ones(len(seconds)))
+    predicted = rows @ coefficients
+    count = len(KNOTS)
+    base, token, context = (float(c) for c in coefficients[:3])
+    above = tuple(float(c) for c in coefficients[3 : 3 + count])
+    below = tuple(float(c) for c in coefficients[3 + count : 3 + 2 * count])
+    pass_s, draft_token_s = (float(c) for c in coefficients[3 + 2 * count :])
+    baseline = FittedCosts(base, token, above, below, context)
+    candidate = FittedCosts(
+        base, token, above, below, context, pass_s, draft_token_s, method=method
+    )
+    return Fit(
+        baseline=baseline,
+        candidate=candidate,
+        observed=tuple(observed),
+        residuals=tuple(float(r) for r in predicted / seconds - 1),
+        about=about,
+    )
+
+
+def _basis(step: ObservedStep, method: str) -> NDArray[np.float64]:
+    """What each coefficient is multiplied with for this step."""
+    n, r = step.tokens, step.requests
+    target = [1.0, n, step.context_tokens]
+    target += [max(n - knot, 0.0) for knot in KNOTS]
+    target += [min(n, float(knot)) for knot in KNOTS]
+    if step.k is None:
+        return np.array([*target, 0.0, 0.0])
+    if method in ("ngram", "suffix"):
+        return np.array([*target, 0.0 if step.prefill else 1.0, 0.0])
+    later = 0 if step.prefill else max(step.k - 1, 0)
+    return np.array([*target, 1.0 + later, n + later * r])
+
+
+def write_fit(fit: Fit, path: Path) -> None:
+    """Store ``fit`` as JSON; raises StoreError when it cannot be written."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "about": dict(fit.about),
+        "median_error": fit.median_error,
+        "baseline": asdict(fit.baseline),
+        "candidate": asdict(fit.candidate),
+        "observed": [asdict(o) for o in fit.observed],
+        "residuals": fit.residuals,
+    }
+    try:
+        path.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error}.", "Give another --out.") from error
+
+
+def read_fit(path: Path) -> Fit:
+    """What `write_fit` stored; raises InputError for a file that is something else."""
+    try:
+        held = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"Costs file {path} cannot be read: {error}.", _NEXT) from error
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path} is not a costs file: {error}.", _NEXT) from error
+    if not isinstance(held, dict) or held.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{path} is not a costs file of schema {SCHEMA_VERSION}.", _NEXT)
+    try:
+        return Fit(
+            baseline=_costs(held["baseline"]),
+            candidate=_costs(held["candidate"]),
+            observed=tuple(ObservedStep(**o) for o in held["observed"]),
+            residuals=tuple(float(r) for r in held["residuals"]),
+            about=dict(held["about"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a whole costs file: {error}.", _NEXT) from error
+
+
+def _costs(held: Mapping[str, Any]) -> FittedCosts:
+    tuples = {name: tuple(float(v) for v in held[name]) for name in ("above_s", "below_s")}
+    costs = FittedCosts(**{**held, **tuples})
+    numbers = (costs.base_s, costs.token_s, costs.pass_s, *costs.above_s, *costs.below_s)
+    if not all(math.isfinite(n) and n >= 0 for n in numbers) or len(costs.above_s) != len(KNOTS):
+        raise ValueError("coefficients are not finite non-negative numbers")
+    return costs
+
+
+class _Speculating(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def speculation(self) -> Any: ...
+
+
+def read_costs(path: Path, candidates: Sequence[_Speculating]) -> dict[str, FittedCosts]:
+    """Fitted costs by arm name for a forecast of ``candidates``.
+
+    Raises InputError where a candidate's method is not the one that was calibrated.
+    """
+    fit = read_fit(path)
+    for candidate in candidates:
+        if candidate.speculation.method != fit.candidate.method:
+            raise InputError(
+                f"{path} was calibrated for {fit.candidate.method}, not "
+                f"{candidate.speculation.method}.",
+                "Ask for that method only, or calibrate the other.",
+            )
+    return {"baseline": fit.baseline} | {c.name: fit.candidate for c in candidates}
