@@ -19,7 +19,7 @@ from tests.analysis.synthetic import C4, C16, Truth, demo_design, demo_study
 
 from specwise.analysis.acceptance import AcceptanceSummary
 from specwise.analysis.cells import Cells, cells
-from specwise.analysis.comparison import Effect, find_signatures
+from specwise.analysis.comparison import Effect, find_signatures, t_quantile
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary
 from specwise.analysis.server_figures import GpuFigures
@@ -533,6 +533,8 @@ def test_an_explanation_can_be_checked_by_hand() -> None:
     assert f["ratio"] == pytest.approx(f["baseline"] / f["candidate"])
     error = math.sqrt(f["request_variance"] + f["machine_variance"] / 2)
     assert f["se_log"] == pytest.approx(error)
-    assert f["low"] == pytest.approx(f["ratio"] * math.exp(-f["t"] * error))
-    assert f["high"] == pytest.approx(f["ratio"] * math.exp(f["t"] * error))
+    trials = t_quantile(f["noise_dof"], f["confidence"]) * math.sqrt(f["trial_variance"] / 2)
+    half = max(f["t"] * error, trials)
+    assert f["low"] == pytest.approx(f["ratio"] * math.exp(-half))
+    assert f["high"] == pytest.approx(f["ratio"] * math.exp(half))
     assert any("requests.jsonl" in command for command in said.recompute)

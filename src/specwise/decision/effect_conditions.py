@@ -91,7 +91,7 @@ def _limits(findings: Findings, arm: str, scope: str) -> Iterator[Condition]:
             yield condition(f"slo-{name}", scope, "not measured", "unknown", threshold=threshold)
             continue
         effects = [findings.effect(f"{name}_{q}", arm, place, load) for q in ("p50", "p95")]
-        proven = any(e is not None and e.interval(surely)[0] > 1 for e in effects)
+        proven = any(e is not None and e.strict_interval(surely)[0] > 1 for e in effects)
         over, was_over = after.p95 > limit_s, before.p95 > limit_s
         yield condition(
             f"slo-{name}",

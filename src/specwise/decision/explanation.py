@@ -135,7 +135,7 @@ def _steps(assessment: Assessment, findings: Findings, arm: str) -> Iterator[Ste
 def effect_step(study: StudyData, effect: Effect, confidence: float) -> Step:
     """One effect: figures, formula, ratio, how its interval came about, what it is compared to."""
     name = metric_name(effect.metric)
-    low, high = effect.interval(confidence)
+    low, high = effect.strict_interval(confidence)
     lines = [*_figures(study, effect)]
     finite = math.isfinite(effect.se_log)
     if finite:
@@ -162,6 +162,8 @@ def effect_step(study: StudyData, effect: Effect, confidence: float) -> Step:
             "ratio": effect.ratio,
             "request_variance": effect.request_variance,
             "machine_variance": effect.machine_variance,
+            "trial_variance": effect.trial_variance,
+            "noise_dof": effect.noise_dof,
             "se_log": effect.se_log,
             "dof": effect.dof,
             "t": t_quantile(effect.dof, confidence) if finite else None,
@@ -213,11 +215,18 @@ def _error_lines(effect: Effect, confidence: float, interval: tuple[float, float
     else:
         yield f"Trials: unknown; standard error = sqrt(b2) = {effect.se_log:.4f}, a lower bound."
     t = t_quantile(effect.dof, confidence)
+    own = effect.interval(confidence)
     yield (
         f"At {_percent(confidence)}: t = {t:.3f} ({effect.dof:.1f} degrees of freedom); "
-        f"{effect.ratio:.4f} x exp(-+ {t:.3f} x {effect.se_log:.4f}) = "
-        f"[{interval[0]:.4f}, {interval[1]:.4f}]"
+        f"{effect.ratio:.4f} x exp(-+ {t:.3f} x {effect.se_log:.4f}) = [{own[0]:.4f}, {own[1]:.4f}]"
     )
+    if own != interval:
+        whole = t_quantile(effect.noise_dof, confidence)
+        yield (
+            f"Whole trials alone are wider: s2 = {effect.trial_variance:.3g}, t = {whole:.3f} "
+            f"({effect.noise_dof:.0f} degrees of freedom), x exp(-+ {whole:.3f} x sqrt(s2 / "
+            f"{effect.repeats})) = [{interval[0]:.4f}, {interval[1]:.4f}]"
+        )
 
 
 def paired_records(

@@ -220,7 +220,7 @@ def deciding_metrics(design: StudyDesign, place: Place) -> tuple[str, ...]:
 
 
 def _direction(effect: Effect, confidence: float) -> Direction:
-    low, high = effect.interval(confidence)
+    low, high = effect.strict_interval(confidence)
     if low > 1:
         return "better" if effect.better == "higher" else "worse"
     if high < 1:
