@@ -3,7 +3,8 @@
     python benchmarks/prediction.py [SECTION ...]
 
 Sections: ``published`` (other people's measurements reproduced), ``simulation`` (its speed) and
-``embedded`` (calibrated on the embedded engine, judged on what it has not seen). A section is a module beside this one and its function, which prints and says whether its bars are
+``embedded`` (calibrated on the embedded engine, judged on what it has not seen; some minutes). A
+section is a module beside this one and its function, which prints and says whether its bars are
 met.
 """
 
