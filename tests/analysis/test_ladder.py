@@ -95,8 +95,23 @@ def test_saturated_servers_end_the_climb_and_say_so() -> None:
     ladder = ladder_of(climbed(crossing(at=500, full_at=4)))
     assert ladder.end == "saturated"
     assert [r.load.value for r in ladder.rungs] == [1, 2, 4, 8]
-    assert "2 times the clients of c4 give 1." in ladder.reason
+    assert "2 times the clients of c4 give at most 1." in ladder.reason
     assert {s.arm for s in ladder.rungs[-1].saturated} == {"baseline", "draft"}
+
+
+def test_a_machine_that_was_busy_for_a_while_is_not_a_saturated_server() -> None:
+    def busy(
+        trial: Trial, segment: str, t: float, difficulty: float, rng: np.random.Generator
+    ) -> Request:
+        request = crossing(at=500)(trial, segment, t, difficulty, rng)
+        slow = trial.load.value == 2 or (trial.load.value == 8 and trial.repeat == 0)
+        return replace(request, tpot_s=request.tpot_s * (2.5 if slow else 1))
+
+    study = climbed(busy)
+    ladder = ladder_of(study)
+    assert ladder.end == "climbed"
+    assert ladder.skipped == ()
+    assert saturations(study, cells(study)) == ()
 
 
 def test_one_arm_that_is_saturated_does_not_end_the_climb() -> None:

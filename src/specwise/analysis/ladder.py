@@ -9,7 +9,8 @@ The stopping rule (docs/concepts/statistics.md):
   with an interval at 1 - 0.05 / (loads x arms): over a whole climb the rule stops a candidate
   that never loses in fewer than 5 % of studies. The effect falls with the load, so what lies above
   has the same sign.
-- **Saturated**: every arm is saturated (see `saturation`). What lies above only adds waiting.
+- **Saturated**: production's load was climbed and every arm is saturated (see `saturation`). What
+  lies above only adds waiting.
 - Production's load is never skipped: the verdict is about it.
 """
 
@@ -147,7 +148,9 @@ def trials_to_skip(study: StudyData) -> dict[str, str]:
     if not finished:
         return {}
     measured = {key: held for key, held in cells(study).items() if key[2] in finished}
-    reason = _clear(study, measured) or _full(study, measured)
+    reason = _clear(study, measured)
+    if not reason and max(finished) >= design.production_load:
+        reason = _full(study, measured)
     if not reason:
         return {}
     begun = {t.trial.load for t in study.trials}
@@ -198,7 +201,11 @@ def _full(study: StudyData, measured: Cells) -> str:
 
 
 def saturations(study: StudyData, measured: Cells) -> tuple[Saturation, ...]:
-    """For each arm the first load at which it is saturated, if any."""
+    """For each arm the first load at which it is saturated, if any.
+
+    A plateau that a heavier load climbed out of again was none: the machine was busy with
+    something else.
+    """
     design = study.design
     found = []
     for arm in design.arms:
@@ -208,9 +215,9 @@ def saturations(study: StudyData, measured: Cells) -> tuple[Saturation, ...]:
             if (name, workload, purpose) == (arm.name, design.production_workload, Purpose.MEASURE)
         )
         before: tuple[LoadPoint, Sequence[TrialTable]] | None = None
-        for load, tables in climbed:
+        for place, (load, tables) in enumerate(climbed):
             reason = saturation(load, tables, before)
-            if reason:
+            if reason and not any(_climbs(load, tables, *c) for c in climbed[place + 1 :]):
                 found.append(Saturation(arm.name, load, reason))
                 break
             before = (load, tables)
@@ -226,8 +233,8 @@ def saturation(
 
     - Requests time out, or are refused, cut or answered 429 or 503: surely (95 %) more than 1 %.
     - Closed loop: less than a tenth of the load added since the lighter one, ``before``, became
-      throughput, and the mean E2E grew by at least 80 % of what the load did (with a full server
-      it grows just as the load: Little's law).
+      throughput, whichever of their trials are compared, and the mean E2E grew by at least 80 % of
+      what the load did (with a full server it grows just as the load: Little's law).
     - Open loop: the queue never settles. TTFT in the last third of the arrivals is at least twice
       that in the first third, and not by chance (Mann-Whitney, 1 %).
     """
@@ -257,18 +264,38 @@ def _plateau(
     before: tuple[LoadPoint, Sequence[TrialTable]],
 ) -> str:
     lighter, lighter_tables = before
-    here, there = rates(tables, None), rates(lighter_tables, None)
     e2e, e2e_lighter = _mean_e2e(tables), _mean_e2e(lighter_tables)
-    if here is None or there is None or not (there[0] > 0 and e2e_lighter > 0):
+    if _climbs(lighter, lighter_tables, load, tables) or not e2e_lighter > 0:
         return ""
-    more_load = load.value / lighter.value
-    more_tokens, more_e2e = here[0] / there[0], e2e / e2e_lighter
-    if more_tokens > 1 + PLATEAU_SHARE * (more_load - 1) or more_e2e < 0.8 * more_load:
+    more_load, more_e2e = load.value / lighter.value, e2e / e2e_lighter
+    if more_e2e < 0.8 * more_load:
         return ""
+    more_tokens = max(_tokens_per_s(tables)) / min(_tokens_per_s(lighter_tables))
     return (
-        f"{more_load:.3g} times the clients of {lighter.label} give {more_tokens:.2f} times its "
-        f"tokens/s and {more_e2e:.2f} times its E2E"
+        f"{more_load:.3g} times the clients of {lighter.label} give at most {more_tokens:.2f} "
+        f"times its tokens/s and {more_e2e:.2f} times its E2E"
     )
+
+
+def _climbs(
+    lighter: LoadPoint,
+    lighter_tables: Sequence[TrialTable],
+    load: LoadPoint,
+    tables: Sequence[TrialTable],
+) -> bool:
+    """Whether some trial at ``load`` gives more than one at ``lighter``, for the load added.
+
+    True, too, where a trial's throughput is not known.
+    """
+    here, there = _tokens_per_s(tables), _tokens_per_s(lighter_tables)
+    if not (here and there and min(there) > 0):
+        return True
+    return max(here) / min(there) > 1 + PLATEAU_SHARE * (load.value / lighter.value - 1)
+
+
+def _tokens_per_s(tables: Sequence[TrialTable]) -> list[float]:
+    """Output tokens/s of each trial that has a loaded window."""
+    return [held[0] for table in tables if (held := rates([table], None)) is not None]
 
 
 def _mean_e2e(tables: Sequence[TrialTable]) -> float:
