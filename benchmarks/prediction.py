@@ -3,9 +3,8 @@
     python benchmarks/prediction.py [SECTION ...]
 
 Sections: ``published`` (other people's measurements reproduced), ``simulation`` (its speed) and
-``embedded`` (calibrated on the embedded engine, judged on what it has not seen; some minutes). A
-section is a module beside this one and its function, which prints and says whether its bars are
-met.
+``embedded`` (calibrated on the real engine, judged on waves it has not seen; minutes). A section is
+a module beside this one and its function, which prints and says whether its bars are met.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 SECTIONS = {
     "published": ("prediction_published", "print_published"),
     "simulation": ("prediction_simulation", "print_speed"),
+    "embedded": ("prediction_embedded", "print_embedded"),
     "embedded": ("prediction_embedded", "print_embedded"),
 }
 
