@@ -18,7 +18,6 @@ SECTIONS = {
     "published": ("prediction_published", "print_published"),
     "simulation": ("prediction_simulation", "print_speed"),
     "embedded": ("prediction_embedded", "print_embedded"),
-    "embedded": ("prediction_embedded", "print_embedded"),
 }
 
 
