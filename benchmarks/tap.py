@@ -29,7 +29,6 @@ from typing import Any
 
 CHUNKS = 64
 STREAM_S = 0.050 + 0.020 * (CHUNKS - 1)
-DROPPED = 10_000
 
 AIOHTTP_PROXY = """
 import sys, asyncio, uvloop
@@ -109,13 +108,13 @@ def shown(values: list[float]) -> str:
     return f"{statistics.median(values):6.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def drop_connections(url: str) -> None:
+def drop_connections(url: str, count: int) -> None:
     """Open connections and leave them in every state: silent, half a head, half an answer."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": "m", "prompt": "p", "stream": True, "max_tokens": CHUNKS})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     states = (b"", b"POST /v1/comp", head.encode() + b'{"mod', (head + body).encode())
-    for batch in range(DROPPED // 250):
+    for batch in range(count // 250):
         held = []
         for i in range(250):
             sock = socket.create_connection((host, int(port)), timeout=10)
@@ -137,6 +136,7 @@ def main() -> int:  # noqa: PLR0915 - a script, read from top to bottom
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=8.0, help="of sending, each run")
+    parser.add_argument("--dropped", type=int, default=10_000, help="connections, twice")
     parser.add_argument("--tap-core", type=int, default=0)
     parser.add_argument("--other-core", type=int, default=1, help="of the server and the load")
     options = parser.parse_args()
@@ -187,10 +187,10 @@ def main() -> int:  # noqa: PLR0915 - a script, read from top to bottom
             if way in cores:
                 print(f"{way:<10} uses {statistics.median(cores[way]):.0%} of a core")
         before = state_of(tap.pid)
-        drop_connections(tap_url)  # the first round fills the allocator's pools
+        drop_connections(tap_url, options.dropped)  # the first round fills the allocator's pools
         time.sleep(2)
         middle = state_of(tap.pid)
-        drop_connections(tap_url)
+        drop_connections(tap_url, options.dropped)
         time.sleep(2)
         after = state_of(tap.pid)
         alive = not measure(tap_url, 99, options)["failed"]
@@ -200,8 +200,8 @@ def main() -> int:  # noqa: PLR0915 - a script, read from top to bottom
             process.communicate()
         folder.cleanup()
     print(
-        f"{DROPPED:,} connections dropped, twice: descriptors {before[0]}, {middle[0]}, {after[0]};"
-        f" resident MiB {before[1]:.1f}, {middle[1]:.1f}, {after[1]:.1f};"
+        f"{options.dropped:,} connections dropped, twice: "
+        f"descriptors {before[0]}, {middle[0]}, {after[0]}; resident MiB {before[1]:.1f}, {middle[1]:.1f}, {after[1]:.1f};"
         f" serves {'on' if alive else 'NO MORE'}; failed requests {failed}"
     )
     p99 = statistics.median(added["tap", "p99"])

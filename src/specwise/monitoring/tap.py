@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import httptools
 
@@ -188,7 +188,7 @@ class _Client(asyncio.Protocol):
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         self.transport: asyncio.Transport
-        self.parser = httptools.HttpRequestParser(self)
+        self.parser: Any = httptools.HttpRequestParser(self)
         self.upstream: _Upstream | None = None
         self.exchanges: deque[_Exchange] = deque()  # the first is being answered
         self.since_s = tap.clock()
@@ -241,6 +241,7 @@ class _Client(asyncio.Protocol):
         if self.upstream is not None:
             self.upstream.transport.abort()
         self.end_all(Outcome.CANCELLED)
+        self.upstream = self.parser = None  # cycles: memory returns now, not at a collection
 
     def pause_writing(self) -> None:
         if self.upstream is not None:
@@ -457,7 +458,7 @@ class _Upstream(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.exchange: _Exchange | None = None
         self.last = False  # the connection ends with this answer
-        self.parser = httptools.HttpResponseParser(self)
+        self.parser: Any = httptools.HttpResponseParser(self)
         self._out: list[bytes] = []
         self._body: list[bytes] = []
         self._reason = b""
@@ -519,9 +520,10 @@ class _Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         client = self.client
+        exchange = self.exchange
+        self.parser = self.exchange = None
         if client.closing:
             return
-        exchange = self.exchange
         whole = exchange is not None and self._until_close and not self._in_head
         if whole and exchange is not None:
             client.end(exchange, Outcome.OK)

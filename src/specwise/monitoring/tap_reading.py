@@ -8,6 +8,7 @@ millisecond.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ from specwise.vllm.response import StreamReader, whole_answer
 _SLICE_PIECES = 48
 _QUEUE_EARLY_PIECES = 512
 _PAUSE_S = 0.001
-_HURRY_PIECES = 100_000
+_TURN_S = 0.0002
+_HURRIED_TURN_S = 0.002
+_HURRY_ANSWERS = 300
 _MAX_WHOLE_BYTES = 8 * 2**20
 
 
@@ -172,15 +175,20 @@ class ReadingQueue:
 
     def _tick(self) -> None:
         self._timer = None
-        answer = self._waiting[0]
-        behind = sum(a.unread_pieces for a in self._waiting) if len(self._waiting) > 200 else 0
-        if answer.read_slice(_SLICE_PIECES * (20 if behind > _HURRY_PIECES else 1)):
-            self._waiting.popleft()
-            answer.queued = False
-            if answer.ended_s is not None:
-                self._on_record(answer.record())
+        loop = asyncio.get_running_loop()
+        behind = len(self._waiting) > _HURRY_ANSWERS
+        until_s = time.monotonic() + (_HURRIED_TURN_S if behind else _TURN_S)
+        while self._waiting:
+            answer = self._waiting[0]
+            if answer.read_slice(_SLICE_PIECES):
+                self._waiting.popleft()
+                answer.queued = False
+                if answer.ended_s is not None:
+                    self._on_record(answer.record())
+            if time.monotonic() >= until_s:  # not loop.time(), which stands still in a turn
+                break
         if self._waiting:
-            self._timer = asyncio.get_running_loop().call_later(_PAUSE_S, self._tick)
+            self._timer = loop.call_later(_PAUSE_S, self._tick)
 
     def finish(self) -> None:
         """Read all that waits, now."""

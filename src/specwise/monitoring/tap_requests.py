@@ -16,7 +16,7 @@ from specwise.errors import InputError
 DEFAULT_TEMPERATURE = "default"
 """Bucket of a request that gives no temperature: the server's default applies."""
 UNREAD = "unread"
-"""Bucket and segment of a request whose body is too large, compressed, or not JSON."""
+"""Bucket of a request whose body is too large, compressed, or not JSON."""
 OTHER = "other"
 _MAX_SEGMENTS = 50
 _MAX_SEGMENT_CHARACTERS = 64
