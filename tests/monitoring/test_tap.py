@@ -337,6 +337,65 @@ def test_an_upgraded_connection_is_passed_through() -> None:
         assert sock.recv(100) == b"cba\x00"
 
 
+def test_an_idle_connection_that_the_upstream_closes_is_closed_for_the_client_too() -> None:
+    def upstream(sock: socket.socket) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        time.sleep(0.05)
+
+    with (
+        raw_upstream(upstream) as url,
+        tapped(url) as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+    ):
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = b""
+        while data := sock.recv(1000):
+            received += data
+    assert received.endswith(b"\r\n\r\nok")
+
+
+def test_an_answer_before_the_upload_is_whole_reaches_the_client() -> None:
+    def upstream(sock: socket.socket) -> None:
+        read_head(sock)
+        sock.sendall(
+            b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig"
+        )
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(1 << 16):
+            pass
+
+    with (
+        raw_upstream(upstream) as url,
+        tapped(url) as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+    ):
+        head = f"POST {PATHS[0]} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        sock.sendall(head.encode() + b"x" * 1000)
+        received = b""
+        while data := sock.recv(1000):
+            received += data
+        (record,) = tap.wait_records(1)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert received.endswith(b"big")
+    assert (record.outcome, record.status) == (Outcome.HTTP_ERROR, 413)
+    assert record.bucket == "unread"
+
+
+def test_stopping_records_what_is_in_flight_as_cancelled() -> None:
+    with ScriptedServer(Script(fault="stall")) as server:
+        with (
+            tapped(server.url) as tap,
+            socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+        ):
+            sock.sendall(request())
+            received = b""
+            while received.count(b"data: ") < 2:
+                received += sock.recv(1 << 16)
+            records = tap.records
+        assert [(r.outcome, r.status) for r in records] == [(Outcome.CANCELLED, 200)]
+
+
 def test_an_upstream_that_is_not_there_is_a_502_for_each() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

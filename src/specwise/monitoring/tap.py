@@ -524,8 +524,8 @@ class _Upstream(asyncio.Protocol):
         self.parser = self.exchange = None
         if client.closing:
             return
-        whole = exchange is not None and self._until_close and not self._in_head
-        if whole and exchange is not None:
+        whole = self._until_close and not self._in_head
+        if exchange is not None and (whole or exchange.answered):
             client.end(exchange, Outcome.OK)
         # What the upstream left unfinished stays so for the client: it sees the same end.
         client.end_all(Outcome.CUT)
