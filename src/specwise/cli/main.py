@@ -42,6 +42,7 @@ STAGES: dict[str, dict[str, str]] = {
     },
     "Engine": {
         "engine": "The embedded vLLM: install it, find it, check it.",
+        "calibrate": "What does a step cost on my engine? Predictions build on it.",
         "twin": "Servers with a known truth: rehearse a study without a GPU.",
     },
 }
