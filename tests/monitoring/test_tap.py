@@ -110,7 +110,7 @@ def test_redirects_are_passed_on_and_not_followed() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_is_recorded_is_what_the_server_said(path: str) -> None:
-    script = Script(first_s=0.05, gap_s=0.02, chunks=9, speculation=SPECULATION, cached_tokens=3)
+    script = Script(first_s=0.3, gap_s=0.05, chunks=9, speculation=SPECULATION, cached_tokens=3)
     with ScriptedServer(script) as server, tapped(server.url) as tap:
         with httpx.Client(headers={"X-Segment": "chat"}) as client:
             for _ in range(2):
@@ -129,8 +129,8 @@ def test_what_is_recorded_is_what_the_server_said(path: str) -> None:
         assert record.tpot_s is not None
         true_ttft_s = truth.chunk_sent_s[0] - truth.received_s
         true_tpot_s = (truth.chunk_sent_s[-1] - truth.chunk_sent_s[0]) / 8
-        assert record.ttft_s == pytest.approx(true_ttft_s, abs=0.03)
-        assert record.tpot_s == pytest.approx(true_tpot_s, abs=0.01)
+        assert record.ttft_s == pytest.approx(true_ttft_s, abs=0.15)
+        assert record.tpot_s == pytest.approx(true_tpot_s, abs=0.03)
     metrics = TapMetrics()
     for record in records:
         metrics.count(record)
@@ -429,13 +429,13 @@ def test_a_client_that_leaves_ends_the_upstreams_work_too() -> None:
 
 
 def test_streams_are_not_buffered() -> None:
-    with ScriptedServer(Script(chunks=4, gap_s=0.1)) as server, tapped(server.url) as tap:
+    with ScriptedServer(Script(chunks=4, gap_s=0.25)) as server, tapped(server.url) as tap:
         body = {"model": "m", "stream": True}
         with httpx.stream("POST", tap.url + PATHS[0], json=body) as answer:
             times = [time.perf_counter() for piece in answer.iter_raw() if b"w" in piece]
         sent = server.served[0].chunk_sent_s
     assert len(times) >= 4
-    assert all(at - sent_s < 0.05 for at, sent_s in zip(times, sent, strict=False))
+    assert all(at - sent_s < 0.2 for at, sent_s in zip(times, sent, strict=False))
 
 
 def test_hundreds_of_dropped_connections_leave_nothing_behind() -> None:

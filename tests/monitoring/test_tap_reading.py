@@ -145,4 +145,4 @@ def test_reading_gives_way_to_traffic_and_a_long_stream_does_not_pile_up() -> No
     asyncio.run(traffic())
     assert {(r.chunks, r.output_tokens, r.outcome) for r in records} == {(600, 600, Outcome.OK)}
     assert len(records) == 200
-    assert worst_s < 0.005
+    assert worst_s < 0.02  # all at once would take over 0.1 s
