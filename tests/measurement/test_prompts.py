@@ -19,6 +19,7 @@ from specwise.measurement.prompts import (
     check_prompts,
     digest,
     load_prompts,
+    load_source,
     remarks,
 )
 
@@ -189,3 +190,8 @@ def test_a_design_is_checked_before_anything_is_made(tmp_path: Path) -> None:
 def test_digest_sees_a_changed_prompt() -> None:
     assert digest(prompts("a", 3)) == digest(prompts("a", 3))
     assert digest(prompts("a", 3)) != digest(prompts("b", 3))
+
+
+def test_short_answers_to_bundled_prompts_are_nobodys_mistake() -> None:
+    segment = Segment("json", "bundled:json", max_tokens=8)
+    assert remarks(segment, load_source(segment.prompts, Path())) == ()

@@ -106,7 +106,8 @@ def remarks(segment: Segment, source: PromptSource) -> tuple[str, ...]:
                 f"Acceptance depends on it: set the segment's {name} to production's."
             )
     over = [n for p in prompts if (n := p.max_tokens or 0) > segment.max_tokens]
-    if over:
+    # The bundled prompts only say how long their answers can get; no production stands behind it.
+    if over and not segment.prompts.startswith("bundled:"):
         found.append(
             f"{len(over)} of {len(prompts)} requests allowed longer answers (up to {max(over)} "
             f"tokens) than the segment's max_tokens, {segment.max_tokens}."
