@@ -252,7 +252,7 @@ def _next_study(
     whole = groups[0]
     lines = [
         "arms: a baseline without speculation, and production's own flags",
-        f"load: {requests_per_s:.2g} requests/s in an open loop, or {max(1, round(in_flight))} in "
+        f"load: {requests_per_s:,.3g} requests/s in an open loop, or {max(1, round(in_flight))} in "
         "flight; and half and twice that",
     ]
     for group in groups:

@@ -18,8 +18,8 @@ def print_production(production: Production, console: Console | None = None) -> 
     whole = production.groups[0]
     console.print(f"[bold]{production.answer}[/bold]", highlight=False)
     console.print(
-        f"{whole.requests:,} requests in {production.span_s / 60:,.1f} min, {whole.failed} failed, "
-        f"{production.requests_per_s:.3g}/s, {production.in_flight:.3g} in flight; acceptance "
+        f"{whole.requests:,} requests in {_span(production.span_s)}, {whole.failed} failed, "
+        f"{production.requests_per_s:,.4g}/s, {production.in_flight:.3g} in flight; acceptance "
         f"known for {whole.with_acceptance:,}.",
         highlight=False,
     )
@@ -65,7 +65,15 @@ def _row(group: Group) -> tuple[str, ...]:
 
 
 def _times(values: Percentiles | None) -> str:
-    return "-" if values is None else f"{values.p50 * 1e3:.0f}/{values.p99 * 1e3:.0f} ms"
+    return "-" if values is None else f"{_ms(values.p50)}/{_ms(values.p99)} ms"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds < 0.02 else f"{seconds * 1e3:,.0f}"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"
 
 
 def production_to_dict(production: Production) -> dict[str, Any]:
