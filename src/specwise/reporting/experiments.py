@@ -38,8 +38,8 @@ from specwise.reporting.figures import (
     ArmStyle,
     effect_marker,
     panel_title,
+    ratio_columns,
     ratio_range,
-    ratio_ticks,
     row_chart,
     speedup_panel,
 )
@@ -275,15 +275,7 @@ def mixture_chart(
     low, high = ratio_range(effects)
 
     def marks(axis: Axes, y_of: Callable[[int, str], float]) -> None:
-        axis.set_xscale("log")
-        axis.set_xlim(low, high)
-        ticks = ratio_ticks(low, high)
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([f"{t:g}x" for t in ticks])
-        axis.set_xlabel("baseline / arm, above 1x is better")
-        axis.axvspan(low, 1, color=Ink.LOSS, linewidth=0, zorder=0)
-        axis.axvline(1, color=Ink.MUTED, linewidth=1.2, zorder=1)
+        ratio_columns(axis, (low, high), "baseline / arm, above 1x is better")
         for name, effect in rows:
             style, y = styles[effect.arm], y_of(names.index(name), effect.arm)
             if math.isfinite(effect.low):

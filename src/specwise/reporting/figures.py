@@ -205,6 +205,20 @@ def _ratio_axis(axis: Axes, limits: tuple[float, float]) -> None:
     axis.set_yticklabels([f"{t:g}x" for t in ticks])
 
 
+def ratio_columns(axis: Axes, limits: tuple[float, float], label: str) -> None:
+    """A horizontal logarithmic axis of ratios; the losing side of 1 is shaded."""
+    low, high = limits
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    ticks = ratio_ticks(low, high)
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels([f"{t:g}x" for t in ticks])
+    axis.set_xlabel(label)
+    axis.axvspan(low, 1, color=Ink.LOSS, linewidth=0, zorder=0)
+    axis.axvline(1, color=Ink.MUTED, linewidth=1.2, zorder=1)
+
+
 def ratio_ticks(low: float, high: float) -> list[float]:
     """Round ratios between ``low`` and ``high``: the finest steps that leave at most seven."""
     for steps in _RATIO_TICKS:
@@ -539,15 +553,7 @@ def aggregate_chart(
     low, high = ratio_range(effects)
 
     def marks(axis: Axes, y_of: Callable[[int, str], float]) -> None:
-        axis.set_xscale("log")
-        axis.set_xlim(low, high)
-        ticks = ratio_ticks(low, high)
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([f"{t:g}x" for t in ticks])
-        axis.set_xlabel("speedup against the baseline")
-        axis.axvspan(low, 1, color=Ink.LOSS, linewidth=0, zorder=0)
-        axis.axvline(1, color=Ink.MUTED, linewidth=1.2, zorder=1)
+        ratio_columns(axis, (low, high), "speedup against the baseline")
         for effect in effects:
             style = styles[effect.arm]
             y = y_of(order.index(effect.segment), effect.arm)
