@@ -272,6 +272,24 @@ def test_large_headers_pass_and_boundless_ones_are_refused() -> None:
         assert httpx.get(tap.url).status_code == 200
 
 
+def test_a_malformed_request_on_a_kept_connection_is_refused_like_a_first() -> None:
+    with (
+        ScriptedServer(Script(fault="status", status=404)) as server,
+        tapped(server.url) as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+    ):
+        sock.sendall(request(close=False))
+        received = b""
+        while not received.endswith(b"}"):
+            received += sock.recv(1000)
+        assert received.startswith(b"HTTP/1.1 404 ")
+        sock.sendall(b"\x16\x03\x01 no http\r\n\r\n")
+        received = b""
+        while data := sock.recv(1000):
+            received += data
+    assert received.startswith(b"HTTP/1.1 400 ")
+
+
 def test_head_no_content_and_pipelined_requests_keep_their_order() -> None:
     def upstream(sock: socket.socket) -> None:
         while True:

@@ -163,6 +163,7 @@ class _Exchange:
         "kept_bytes",
         "method",
         "pending",
+        "pending_bytes",
         "requested",
         "segment_header",
         "target",
@@ -175,6 +176,7 @@ class _Exchange:
         self.chunked = False
         self.segment_header: bytes | None = None
         self.pending: list[bytes] = []  # of the body, while it cannot be sent yet
+        self.pending_bytes = 0
         self.kept: list[bytes] | None = None  # of the body, to be read when it is whole
         self.kept_bytes = 0
         self.requested = False  # the request is whole
@@ -350,7 +352,8 @@ class _Client(asyncio.Protocol):
             self.upstream.transport.write(data)
             return
         exchange.pending.append(data)
-        if sum(map(len, exchange.pending)) > _BUFFER_BYTES:
+        exchange.pending_bytes += len(data)
+        if exchange.pending_bytes > _BUFFER_BYTES:
             self.hold(_CONNECTING)
 
     def _send(self, data: bytes) -> None:
@@ -388,8 +391,8 @@ class _Client(asyncio.Protocol):
     def _refuse(self, answer: bytes) -> None:
         """Answer in the upstream's place and close."""
         self.closing = True
-        if self.exchanges and self.upstream is not None and not self.exchanges[0].answered:
-            self.transport.abort()  # in the middle of another answer, one cannot be put
+        if self.upstream is not None and self.upstream.exchange is not None:
+            self.transport.abort()  # it cannot stand in the middle of another answer
             return
         self.transport.write(answer)
         self.close()
@@ -412,9 +415,6 @@ class _Client(asyncio.Protocol):
         if self.exchanges and self.exchanges[0].head:
             self._begin(self.exchanges[0])
             self.release(_CONNECTING)
-            following = self.exchanges[0]
-            if following.requested:
-                self.end_if_whole(following)
 
     def end(self, exchange: _Exchange, outcome: Outcome) -> None:
         """Hand an exchange's answer to the readers, if it is measured."""
