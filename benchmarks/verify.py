@@ -93,7 +93,7 @@ def describe(name: str, results: list[LosslessnessResult]) -> None:
     for number, test in enumerate(sampled[0].tests):
         p_values = [s.tests[number].p_value for s in sampled]
         low, middle, high = np.quantile(p_values, [0, 0.5, 1])
-        print(f"  p of {test.name:<12} {low:.4f} to {high:.4f}, median {middle:.3f}")
+        print(f"  p of {test.name:<12} {low:.4f} to {high:.4f}, median {middle:.4f}")
     second = [s.positions[1] for s in sampled]
     print(
         f"  total variation at token 2: {min(p.distance for p in second):.3f} to "
