@@ -182,6 +182,9 @@ def verify(
                 _show(result)
     except KeyboardInterrupt:
         raise StoppedError("Stopped; results of arms that were finished are kept.") from None
+    finally:
+        if folder is None and not any(logs.iterdir()):
+            logs.rmdir()
     if folder is None:
         shutil.rmtree(logs, ignore_errors=True)
     if as_json:
