@@ -6,7 +6,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from specwise.domain import (
     Speculation,
     StudyDesign,
 )
-from specwise.errors import InputError, StoppedError
+from specwise.errors import InputError, SpecwiseError, StoppedError
 
 _EXIT_CODES = {Losslessness.UNCHANGED: 0, Losslessness.CHANGED: 1, Losslessness.UNKNOWN: 3}
 
@@ -155,9 +156,7 @@ def verify(
     known = folder.provenance.get("arms", {}) if folder and study is not None else {}
     chosen = prompts_of(design, base, prompt_count)
     results: list[LosslessnessResult] = []
-    # Logs outlive a failure, whose message names them, and nothing else.
-    logs = folder.path / "logs" if folder else Path(tempfile.mkdtemp(prefix="specwise-verify-"))
-    try:
+    with _logs(folder.path if folder else None) as logs:
         for answers in collect(
             design,
             chosen,
@@ -180,18 +179,27 @@ def verify(
                 write_losslessness(folder.path, result)
             if not as_json:
                 _show(result)
-    except KeyboardInterrupt:
-        raise StoppedError("Stopped; results of arms that were finished are kept.") from None
-    finally:
-        if folder is None and not any(logs.iterdir()):
-            logs.rmdir()
-    if folder is None:
-        shutil.rmtree(logs, ignore_errors=True)
     if as_json:
         import orjson  # noqa: PLC0415
 
         click.echo(orjson.dumps({"results": results}, option=orjson.OPT_INDENT_2))
     sys.exit(exit_code([result.verdict for result in results]))
+
+
+@contextmanager
+def _logs(study: Path | None) -> Iterator[Path]:
+    """Where servers log: the study's folder, else one that outlives a failure, which names it."""
+    logs = study / "logs" if study else Path(tempfile.mkdtemp(prefix="specwise-verify-"))
+    try:
+        yield logs
+    except KeyboardInterrupt:
+        raise StoppedError("Stopped; results of arms that were finished are kept.") from None
+    except SpecwiseError:
+        if study is None and not any(logs.iterdir()):
+            logs.rmdir()
+        raise
+    if study is None:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def exit_code(verdicts: Sequence[Losslessness]) -> int:
