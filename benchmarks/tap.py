@@ -201,7 +201,8 @@ def main() -> int:  # noqa: PLR0915 - a script, read from top to bottom
         folder.cleanup()
     print(
         f"{options.dropped:,} connections dropped, twice: "
-        f"descriptors {before[0]}, {middle[0]}, {after[0]}; resident MiB {before[1]:.1f}, {middle[1]:.1f}, {after[1]:.1f};"
+        f"descriptors {before[0]}, {middle[0]}, {after[0]}; "
+        f"resident MiB {before[1]:.1f}, {middle[1]:.1f}, {after[1]:.1f};"
         f" serves {'on' if alive else 'NO MORE'}; failed requests {failed}"
     )
     p99 = statistics.median(added["tap", "p99"])

@@ -153,4 +153,3 @@ def _run(target: Target, wave: Wave, name: str) -> list[RequestRecord]:
 def _prompt(name: str, words: int) -> str:
     """Text that no other request begins with."""
     return f"{name} " + " ".join(f"{(7919 * i) % 1000}" for i in range(words // 2))
-
