@@ -248,3 +248,10 @@ def test_pair_and_memory_never_show_a_traceback(
     run("pair", str(tmp_path), str(tmp_path))
     run("memory", str(tmp_path), "--draft", str(tmp_path))
     run("memory", str(tmp_path), "--table", "--json")
+
+
+def test_pair_gives_a_predicted_range_for_each_draft() -> None:
+    (draft,) = ask("pair", "llama-3.1-70b", "llama-3.1-8b")["drafts"]
+    assert [found["batch"] for found in draft["predicted"]] == [1, 64]
+    _, text = run("pair", "llama-3.1-70b", "llama-3.1-8b", "--gpu", "h200", "--gpus", "2")
+    assert "predicted, k = 3 on 2 x h200:" in text

@@ -154,3 +154,19 @@ def test_kinds_of_requests_at_once_are_those_one_by_one() -> None:
         for p, o, n in zip(prompts, outputs, lengths, strict=True)
     ]
     assert together == pytest.approx(alone)
+
+
+def test_a_draft_models_range_brackets_its_break_even() -> None:
+    """More acceptance gives more; within the range the sign changes where break-even says."""
+    from specwise.facts.checkpoint import from_table
+    from specwise.facts.hardware import find_gpu
+
+    target, draft = (from_table(f"meta-llama/Llama-3.1-{n}-Instruct") for n in ("70B", "8B"))
+    alone, many = s.draft_range(target, draft, find_gpu("h100"), gpus=4)
+    assert (alone.batch, many.batch) == (1, 64)
+    for found in (alone, many):
+        assert found.low < found.high
+        assert found.break_even is not None
+        assert (found.low > 1) == (found.break_even < s.DRAFT_ACCEPTANCE[0])
+        assert (found.high > 1) == (found.break_even < s.DRAFT_ACCEPTANCE[1])
+    assert many.high < alone.high

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from specwise.facts.checkpoint import load_checkpoint
+from specwise.facts.hardware import find_gpu
 from specwise.planning.advice import WORKLOADS, advise_methods, known_drafts, tokens_per_step
 from specwise.planning.pairing import PairReport, judge_pair, rank_pairs
 from specwise.vllm.command import Version
+
+if TYPE_CHECKING:
+    from specwise.prediction.speedup import DraftRange
 
 _COLOURS = {"error": "red", "warning": "yellow", "advice": "cyan", "good": "green"}
 
@@ -26,6 +32,8 @@ _COLOURS = {"error": "red", "warning": "yellow", "advice": "cyan", "good": "gree
 @click.option(
     "--round-trip", is_flag=True, help="Encode test texts even if vocabularies are large."
 )
+@click.option("--gpu", default="h100", show_default=True, help="For the predicted speedup.")
+@click.option("--gpus", "count", type=click.IntRange(1, 1024), help="Default: the fewest that fit.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.pass_context
 def pair(  # noqa: PLR0917 (click passes by name)
@@ -36,6 +44,8 @@ def pair(  # noqa: PLR0917 (click passes by name)
     workload: str,
     version: str | None,
     round_trip: bool,
+    gpu: str,
+    count: int | None,
     as_json: bool,
 ) -> None:
     """Is this draft sensible for this TARGET?
@@ -53,6 +63,7 @@ def pair(  # noqa: PLR0917 (click passes by name)
         reports = known_drafts(model, wanted)
     methods = advise_methods(model, workload, reports, wanted)
     good = any(r.sensible for r in reports)
+    predicted = {r.draft.name: _predicted(r, gpu, count) for r in reports}
     if as_json:
         answer = {
             "target": model.name,
@@ -60,13 +71,17 @@ def pair(  # noqa: PLR0917 (click passes by name)
             "parameters_from": model.parameters_from,
             "source": model.source,
             "notes": list(model.notes),
-            "drafts": [_as_dict(r) for r in reports],
+            "drafts": [
+                _as_dict(r) | {"predicted": [asdict(p) for p in predicted[r.draft.name][1]]}
+                for r in reports
+            ],
             "methods": [asdict(m) for m in methods],
         }
         click.echo(json.dumps(answer, indent=2))
     else:
         for report in reports:
             _print(report)
+            _print_predicted(*predicted[report.draft.name], gpu)
         if not reports:
             click.echo("No built-in model is a smaller one with this target's tokenizer.")
         loads = [f for r in reports for f in r.findings if f.rule == "load"]
@@ -82,6 +97,30 @@ def pair(  # noqa: PLR0917 (click passes by name)
             + " acceptance of each; one without drafts emits 1."
         )
     ctx.exit(0 if good else 1)
+
+
+def _predicted(report: PairReport, gpu: str, count: int | None) -> tuple[int, Sequence[DraftRange]]:
+    """(GPUs, predicted range): what the pair may give if it can run at all."""
+    from specwise.prediction.speedup import draft_range  # noqa: PLC0415 - numpy loads here
+
+    accelerator = find_gpu(gpu)
+    gpus = count
+    if gpus is None:
+        needed = 1.3 * (report.target.weight_bytes or 2 * report.target.parameters)
+        gpus = 1
+        while gpus * accelerator.memory_bytes < needed and gpus < 64:
+            gpus *= 2
+    return gpus, draft_range(report.target, report.draft, accelerator, gpus=gpus)
+
+
+def _print_predicted(gpus: int, ranges: Sequence[DraftRange], gpu: str) -> None:
+    for found in ranges:
+        needed = "out of reach" if found.break_even is None else f"{found.break_even:.0%}"
+        click.echo(
+            f"  predicted, k = 3 on {gpus} x {gpu}: {found.low:.2f}x to {found.high:.2f}x at "
+            f"{found.batch} running (50 to 80 % accepted at each position; even at {needed})"
+        )
+    click.echo()
 
 
 def _as_dict(report: PairReport) -> dict[str, object]:
@@ -112,4 +151,3 @@ def _print(report: PairReport) -> None:
         click.echo(f"          {finding.why} -> {finding.fix}  [{finding.source}]")
     for note in (*report.target.notes, *report.draft.notes):
         click.echo(f"  note    {note}")
-    click.echo()

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
-from specwise.prediction.costs import StepCosts, StepShape
+from specwise.domain import Checkpoint, Gpu, Speculation
+from specwise.prediction.costs import StepCosts, StepShape, roofline
 
 Floats = NDArray[np.float64]
 
@@ -61,7 +61,13 @@ def constant_alpha(length: float, k: int) -> float:
         raise ValueError(f"a length of {length:g} is impossible with k = {k}")
     if length in (1, k + 1):
         return 0.0 if length == 1 else 1.0
-    return float(brentq(lambda a: constant_tokens_per_step(a, k) - length, 0.0, 1 - 1e-12))
+    low, high = 0.0, 1.0
+    for _ in range(60):  # by halves: tokens rise with a, and scipy would take longer to load
+        middle = (low + high) / 2
+        low, high = (
+            (middle, high) if constant_tokens_per_step(middle, k) < length else (low, middle)
+        )
+    return (low + high) / 2
 
 
 def rate_of_length(length: float, k: int) -> float:
@@ -240,3 +246,38 @@ class StaticBatch:
         if not 0 < length < math.inf:
             raise ValueError(f"no acceptance gives a speedup of {speedup:g}")
         return float(length)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRange:
+    """What a draft model may give at a batch: decode speedup over a range of acceptance.
+
+    ``low`` and ``high`` are at the acceptances of `DRAFT_ACCEPTANCE`, alike at every position;
+    ``break_even`` is the one at which nothing is won, None where even 1 would not do.
+    """
+
+    batch: int
+    low: float
+    high: float
+    break_even: float | None
+
+
+DRAFT_ACCEPTANCE = (0.5, 0.8)
+
+
+def draft_range(
+    target: Checkpoint, draft: Checkpoint, gpu: Gpu, *, gpus: int = 1, k: int = 3
+) -> tuple[DraftRange, ...]:
+    """Predicted decode speedup of a draft model at 1 and 64 requests of 1,000 tokens."""
+    speculation = Speculation("draft_model", k)
+    baseline = roofline(target, gpu, tensor_parallel=gpus)
+    costs = roofline(target, gpu, tensor_parallel=gpus, speculation=speculation, draft=draft)
+    found = []
+    for batch in (1, 64):
+        at = Point(batch, 1000)
+        low, high = (
+            step_speedup(costs, baseline, at=at, conditional=[a] * k) for a in DRAFT_ACCEPTANCE
+        )
+        needed = break_even_alpha(costs, baseline, at=at, k=k)
+        found.append(DraftRange(batch, low, high, needed))
+    return tuple(found)
