@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def _numbers(text: str, what: str) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{what} {text!r} is not a list of numbers.", "As 1,4,16.") from None
-    if min(values) <= 0:
+    if not all(math.isfinite(value) and value > 0 for value in values):
         raise InputError(f"{what} {text!r} holds a number that is not positive.", "As 1,4,16.")
     return values
 
@@ -128,7 +129,9 @@ def _loads(options: dict[str, Any]) -> tuple[tuple[LoadPoint, ...], LoadPoint]:
         loads = tuple(LoadPoint(Loop.OPEN, v, "poisson") for v in sorted(set(values)))
     else:
         values = _numbers(options["concurrency"] or "1,4,16,64,128", "--concurrency")
-        loads = tuple(LoadPoint(Loop.CLOSED, float(round(v))) for v in sorted(set(values)))
+        if not all(value.is_integer() for value in values):
+            raise InputError("A --concurrency is a whole number of clients.", "As 1,4,16.")
+        loads = tuple(LoadPoint(Loop.CLOSED, value) for value in sorted(set(values)))
     wanted = options["production"]
     if wanted is None:
         return loads, loads[-1]

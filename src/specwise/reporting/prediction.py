@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from specwise.analysis.comparison import Effect
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary
 from specwise.decision.assessment import Assessment
-from specwise.prediction.forecast import AtBatch, Scenario, Unknown
+from specwise.prediction.forecast import AtBatch, Candidate, Scenario, Unknown
+from specwise.prediction.speedup import constant_alpha, tokens_per_step
 from specwise.reporting import wording
 from specwise.reporting.console import console_text, ruled_table
 from specwise.reporting.export import whole_file
@@ -26,9 +28,10 @@ from specwise.reporting.json_export import SCHEMA_VERSION, json_types
 from specwise.reporting.svg import Chart, draw_chart, panels
 from specwise.reporting.wording import MARKS, MISSING, interval, milliseconds, number, ratio
 
+GOODPUT: Final = "requests/s that met the limits"
 CAUTION: Final = (
-    "Predicted, not measured. Use it to choose what to measure: acceptance is an assumption here, "
-    "and it moves the answer more than anything else."
+    "Predicted, not measured. Use it to choose what to measure: acceptance is an assumption here "
+    "until you measure it."
 )
 
 
@@ -71,6 +74,16 @@ def crossover_words(crossover: Crossover) -> str:
     return f"cannot be told from no speculation between {low:g} and {high:g} {unit}"
 
 
+def equal_acceptance(candidate: Candidate) -> float:
+    """What is assumed of ``candidate`` as one acceptance alike at all positions.
+
+    The one that emits as many tokens a step: comparable with the break-even acceptance, which a
+    mean over the positions is not (a lookup's first position is low, its later ones high).
+    """
+    k = candidate.speculation.k
+    return constant_alpha(min(tokens_per_step(candidate.acceptance.positions(k)), k + 1.0), k)
+
+
 def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
     """The forecast as JSON types; times in seconds."""
     scenario = forecast.scenario
@@ -89,6 +102,7 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
                 "k": c.speculation.k,
                 "draft": c.draft.name if c.draft else None,
                 "acceptance": c.acceptance.positions(c.speculation.k),
+                "equal_acceptance": equal_acceptance(c),
                 "drafted_share": c.acceptance.drafted_share,
                 "acceptance_from": c.acceptance.source,
             }
@@ -125,7 +139,7 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
     table = ruled_table(out)
     table.add_column("Load", no_wrap=True)
     table.add_column("Arm", no_wrap=True)
-    for name in ("Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s"):
+    for name in ("Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s", *_goodput(scenario)):
         table.add_column(name, justify="right", no_wrap=True)
     for load in scenario.loads:
         for found in (s for s in forecast.assessment.summaries if s.load == load):
@@ -133,9 +147,10 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
                 (e for e in forecast.speedups if (e.arm, e.load) == (found.arm, load)), None
             )
             cells = [load.label, found.arm, MISSING if effect is None else _marked(effect)]
-            cells += _latencies(found)
+            cells += _figures(scenario, found)
             table.add_row(*(console_text(out, cell) for cell in cells))
     out.print(table)
+    line("TPOT and TTFT in ms" + (f"; Good/s: {GOODPUT}" if _goodput(scenario) else ""), "dim")
     for crossover in forecast.assessment.crossovers:
         if crossover.segment is None:
             line(f"{crossover.arm} {crossover_words(crossover)}.", "bold")
@@ -156,7 +171,19 @@ def _marked(effect: Effect) -> str:
     return f"{MARKS[effect.direction]} {ratio(effect.ratio)}"
 
 
-def _latencies(summary: ServingSummary) -> list[str]:
+def _goodput(scenario: Scenario) -> tuple[str, ...]:
+    """The column of goodput, where a limit says what is good."""
+    slo = scenario.slo
+    limited = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None)
+    return ("Good/s",) if limited else ()
+
+
+def _limits(scenario: Scenario) -> str:
+    limits = {"TTFT": scenario.slo.ttft_s, "TPOT": scenario.slo.tpot_s, "E2E": scenario.slo.e2e_s}
+    return ", ".join(f"{n} at most {milliseconds(s)} ms" for n, s in limits.items() if s)
+
+
+def _figures(scenario: Scenario, summary: ServingSummary) -> list[str]:
     cells = []
     for timing in (summary.tpot_s, summary.ttft_s):
         cells += [
@@ -164,7 +191,11 @@ def _latencies(summary: ServingSummary) -> list[str]:
             MISSING if timing is None else milliseconds(timing.p99),
         ]
     rate = summary.output_tokens_per_s
-    return [*cells, MISSING if rate is None else number(rate)]
+    cells.append(MISSING if rate is None else number(rate))
+    if _goodput(scenario):
+        good = summary.goodput_per_s
+        cells.append(MISSING if good is None else number(good))
+    return cells
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,6 +229,11 @@ def render_forecast(forecast: Forecast) -> str:
             forecast.speedups, assessment.crossovers, styles, production, predicted=True
         ),
         break_even=_break_even_chart(forecast, styles),
+        arms=assessment.study.design.arms,
+        styles=styles,
+        goodput=bool(_goodput(scenario)),
+        limits=_limits(scenario),
+        equal_acceptance=equal_acceptance,
         rows=[
             (
                 load,
@@ -205,7 +241,7 @@ def render_forecast(forecast: Forecast) -> str:
                 next(
                     (e for e in forecast.speedups if (e.arm, e.load) == (summary.arm, load)), None
                 ),
-                _latencies(summary),
+                _figures(scenario, summary),
             )
             for load in scenario.loads
             for summary in assessment.summaries
@@ -235,7 +271,10 @@ def _cost_notes(scenario: Scenario) -> list[str]:
 
 
 def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Chart | None:
-    """Break-even acceptance against running requests, beside what is assumed."""
+    """Break-even acceptance against running requests, beside what is assumed.
+
+    Where no acceptance suffices the line ends: a point at 100 % would read as one that does.
+    """
     names = [c.name for c in forecast.scenario.candidates]
     rows = {name: [b for b in forecast.batches if b.candidate == name] for name in names}
 
@@ -245,7 +284,7 @@ def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Cha
         )
         for axis, candidate in zip(axes, forecast.scenario.candidates, strict=True):
             held, style = rows[candidate.name], styles[candidate.name]
-            needed = [1.0 if b.break_even is None else b.break_even for b in held]
+            needed = [math.nan if b.break_even is None else b.break_even for b in held]
             axis.plot(
                 [b.batch for b in held],
                 needed,
@@ -253,9 +292,12 @@ def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Cha
                 marker=style.marker,
                 markersize=6,
             )
-            k = candidate.speculation.k
-            assumed = sum(candidate.acceptance.positions(k)) / k
-            axis.axhline(assumed, color=style.colour, linestyle=(0, (3, 3)), linewidth=1.5)
+            axis.axhline(
+                equal_acceptance(candidate),
+                color=style.colour,
+                linestyle=(0, (3, 3)),
+                linewidth=1.5,
+            )
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_locator(FixedLocator(_spaced([b.batch for b in held])))
             axis.xaxis.set_minor_locator(NullLocator())
