@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.analysis.test_extrapolation import scenario
 from tests.cli.test_main import run
+
+from specwise.measurement.store import StudyFolder
+from specwise.prediction.forecast import forecast_study
 
 BASE = ("predict", "llama-3.1-70b", "--gpus", "4")
 
@@ -69,4 +74,58 @@ def test_a_page_that_cannot_be_written_is_one_clear_error() -> None:
     done = run(*BASE, "--method", "ngram", "--concurrency", "1", "--out", "/proc/none/page.html")
     assert done.returncode == 3
     assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study of known costs, written as a measurement is."""
+    asked = scenario((1.0, 4.0, 16.0))
+    simulated = forecast_study(asked, repeats=1)
+    design = replace(simulated.design, timeout_s=60.0)
+    folder = StudyFolder.create(tmp_path_factory.mktemp("from") / "study", design, {}, "")
+    for measured in simulated.trials:
+        with folder.recording(measured.trial) as writer:
+            for record in measured.records:
+                writer.request(record)
+            for part in measured.parts:
+                writer.part(part)
+            writer.complete()
+    return folder.path
+
+
+def test_from_a_study_at_more_loads_and_draft_lengths(study: Path, tmp_path: Path) -> None:
+    done = run("predict", "--from", str(study), "-k", "1", "--json", "--out", str(tmp_path / "p"))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["predicted"]
+    assert (found["gpu"], found["gpus"]) == (None, None)
+    assert [c["name"] for c in found["candidates"]] == ["draft", "draft, k=1"]
+    assert {c["acceptance_from"] for c in found["candidates"]} == {f"measured in {found['target']}"}
+    assert {s["load"]["value"] for s in found["serving"]} == {1, 4, 16, 32, 64}
+    page = (tmp_path / "p").read_text()
+    assert "its own servers" in page
+    assert "fitted to" in page
+    asked = run("predict", "--from", str(study), "--concurrency", "8,128")
+    assert asked.returncode == 0
+    assert "c128" in asked.stdout
+    assert "Costs and acceptance are the study's own" in " ".join(asked.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "TARGET or --from"),
+        (["llama-3.1-8b", "--from", "STUDY"], 2, "TARGET or --from"),
+        (["--from", "none"], 3, "not a study folder"),
+        (["--from", "STUDY", "--gpu", "h100"], 2, "--gpu does not go with --from"),
+        (["--from", "STUDY", "--acceptance", "0.5"], 2, "--acceptance does not go"),
+        (["--from", "STUDY", "--production", "4"], 2, "--production needs the loads"),
+        (["llama-3.1-8b", "-k", "1", "-k", "2"], 2, "need --from"),
+    ],
+)
+def test_bad_input_with_a_study(study: Path, arguments: list[str], code: int, message: str) -> None:
+    done = run("predict", *(str(study) if a == "STUDY" else a for a in arguments))
+    assert done.returncode == code
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from specwise.prediction.costs import StepShape
 from specwise.prediction.fit import (
     FittedCosts,
     ObservedStep,
+    fit_methods,
     fit_steps,
     read_costs,
     read_fit,
@@ -44,6 +46,26 @@ def test_costs_of_the_same_form_are_found_again() -> None:
     assert fit.median_error < 1e-6
     for shape in (StepShape(3, 900, 3, 0), StepShape(24, 4000, 12, 0), StepShape(96, 9000, 32, 0)):
         assert fit.baseline.step_s(shape) == pytest.approx(TRUE_BASE.step_s(shape), rel=1e-4)
+
+
+def test_methods_share_the_target_that_either_of_them_saw() -> None:
+    """A method that was seen in small steps only knows large ones from the others."""
+    lookup = replace(TRUE_BASE, pass_s=0.001, method="ngram")
+    plain = [o for o in observations() if o.k is None and o.requests <= 4]
+    drafted = [o for o in observations() if o.k is not None]
+    looked_up = []
+    for requests in (1, 2, 4):
+        shape = StepShape(3 * requests, 100 * requests, requests, 4)
+        seconds = float(lookup.step_s(shape))
+        looked_up.append(ObservedStep(3 * requests, 100 * requests, requests, 4, seconds, 20))
+    fits = fit_methods(plain, {"draft_model": drafted, "ngram": looked_up}, about={})
+    assert fits["ngram"].baseline == fits["draft_model"].baseline
+    assert len(fits["ngram"].residuals) == len(fits["ngram"].observed) == len(plain) + 3
+    shape = StepShape(100, 9000, 32, 4)
+    assert fits["ngram"].candidate.step_s(shape) == pytest.approx(lookup.step_s(shape), rel=1e-3)
+    assert fits["draft_model"].candidate.step_s(shape) == pytest.approx(
+        TRUE_SPEC.step_s(shape), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])

@@ -13,8 +13,22 @@ from specwise.errors import InputError
 if TYPE_CHECKING:
     from specwise.domain import LoadPoint
     from specwise.prediction.forecast import Candidate, Prior
+    from specwise.reporting.prediction import Forecast
 
 METHODS = ("draft_model", "eagle3", "eagle", "mtp", "ngram")
+
+_BATCHES = (1, 4, 16, 64, 128, 256)
+_NOT_WITH_FROM = {
+    "draft": "--draft",
+    "methods": "--method",
+    "gpu": "--gpu",
+    "count": "--gpus",
+    "prompt_tokens": "--prompt-tokens",
+    "output_tokens": "--output-tokens",
+    "acceptance": "--acceptance",
+    "context": "--context",
+    "costs": "--costs",
+}
 
 
 def _numbers(text: str, what: str) -> list[float]:
@@ -31,12 +45,25 @@ def _numbers(text: str, what: str) -> list[float]:
     epilog="Example: specwise predict llama-3.1-70b --draft llama-3.1-8b --method ngram "
     "--gpu h100 --gpus 4 --concurrency 1,8,32,128"
 )
-@click.argument("target")
+@click.argument("target", required=False)
+@click.option(
+    "--from",
+    "study",
+    type=click.Path(path_type=Path),
+    help="Extrapolate this finished study instead: its own step costs, acceptance and traffic.",
+)
 @click.option("--draft", help="A draft model: a folder, a hub id or a built-in name.")
 @click.option(
     "--method", "methods", multiple=True, type=click.Choice(METHODS), help="Repeat for several."
 )
-@click.option("-k", "--k", default=3, show_default=True, type=click.IntRange(1, 8))
+@click.option(
+    "-k",
+    "--k",
+    "ks",
+    multiple=True,
+    type=click.IntRange(1, 8),
+    help="Draft length (default 3); with --from also others than the study's, repeat for several.",
+)
 @click.option("--gpu", default="h100", show_default=True, help="The GPU by name.")
 @click.option("--gpus", "count", type=click.IntRange(1, 1024), default=1, show_default=True)
 @click.option("--concurrency", help="Closed-loop loads, as 1,4,16 (default 1,4,16,64,128).")
@@ -56,12 +83,22 @@ def _numbers(text: str, what: str) -> list[float]:
 @click.option("--out", type=click.Path(path_type=Path), help="Write the page with figures here.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def predict(target: str, **options: Any) -> None:
+@click.pass_context
+def predict(ctx: click.Context, /, target: str | None, **options: Any) -> None:
     """What should I expect, and where is the crossover?
 
     TARGET is a folder, a hub id or a built-in name. Every figure is a prediction: acceptance is
-    assumed until it is measured.
+    assumed until it is measured. With --from STUDY in place of TARGET, everything comes from that
+    study and is asked at more loads: by default also twice and four times production's.
     """
+    if (target is None) == (options["study"] is None):
+        raise InputError("Give a TARGET or --from STUDY, one of them.", "See --help.")
+    forecast = _of_study(ctx, options) if target is None else _of_target(target, options)
+    _show(forecast, options)
+
+
+def _of_target(target: str, options: dict[str, Any]) -> Forecast:
+    """Before anything was measured."""
     from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
     from specwise.domain import Slo  # noqa: PLC0415
     from specwise.facts.checkpoint import load_checkpoint  # noqa: PLC0415
@@ -72,13 +109,10 @@ def predict(target: str, **options: Any) -> None:
         forecast_study,
         sensitivity,
     )
-    from specwise.reporting.prediction import (  # noqa: PLC0415
-        Forecast,
-        forecast_to_dict,
-        print_forecast,
-        write_forecast,
-    )
+    from specwise.reporting.prediction import Forecast  # noqa: PLC0415
 
+    if len(options["ks"]) > 1:
+        raise InputError("Several -k need --from STUDY.", "A page has each k's best anyway.")
     loads, production = _loads(options)
     candidates = _candidates(options)
     scenario = Scenario(
@@ -96,13 +130,60 @@ def predict(target: str, **options: Any) -> None:
     )
     assessment = assess(forecast_study(scenario, seed=options["seed"]))
     running = _running(assessment, production)
-    forecast = Forecast(
+    return Forecast(
         scenario=scenario,
         assessment=assessment,
-        batches=by_batch(scenario, (1, 4, 16, 64, 128, 256)),
+        batches=by_batch(scenario, _BATCHES),
         unknowns=sensitivity(scenario, running),
         unknowns_at=round(running, 1),
     )
+
+
+def _of_study(ctx: click.Context, options: dict[str, Any]) -> Forecast:
+    """A finished study at other loads and draft lengths."""
+    from specwise.analysis.extrapolation import extrapolate  # noqa: PLC0415 - numpy loads here
+    from specwise.decision.assessment import assess  # noqa: PLC0415
+    from specwise.domain import Slo  # noqa: PLC0415
+    from specwise.measurement.store import read_study  # noqa: PLC0415
+    from specwise.prediction.forecast import by_batch, sensitivity  # noqa: PLC0415
+    from specwise.reporting.prediction import Forecast  # noqa: PLC0415
+
+    for name, flag in _NOT_WITH_FROM.items():
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise InputError(f"{flag} does not go with --from.", "The study's own is taken.")
+    study = read_study(options["study"])
+    loads: tuple[LoadPoint, ...] = ()
+    production = None
+    if options["rate"] or options["concurrency"]:
+        loads, production = _loads(options)
+        if options["production"] is None and study.design.production_load in loads:
+            production = study.design.production_load
+    elif options["production"] is not None:
+        raise InputError("--production needs the loads.", "Give --concurrency or --rate too.")
+    slo = study.design.slo
+    if options["ttft_ms"] or options["tpot_ms"]:
+        slo = Slo(ttft_s=_seconds(options["ttft_ms"]), tpot_s=_seconds(options["tpot_ms"]))
+    asked = extrapolate(
+        study, loads=loads, production=production, ks=options["ks"], slo=slo, seed=options["seed"]
+    )
+    assessment = assess(asked.predicted)
+    running = _running(assessment, asked.production)
+    return Forecast(
+        scenario=asked,
+        assessment=assessment,
+        batches=by_batch(asked, _BATCHES),
+        unknowns=sensitivity(asked, running),
+        unknowns_at=round(running, 1),
+    )
+
+
+def _show(forecast: Forecast, options: dict[str, Any]) -> None:
+    from specwise.reporting.prediction import (  # noqa: PLC0415 - matplotlib loads here
+        forecast_to_dict,
+        print_forecast,
+        write_forecast,
+    )
+
     if options["out"] is not None:
         write_forecast(forecast, options["out"])
     if options["as_json"]:
@@ -156,12 +237,16 @@ def _candidates(options: dict[str, Any]) -> tuple[Candidate, ...]:
         found.append(
             Candidate(
                 name=method,
-                speculation=Speculation(method, options["k"], draft=options["draft"]),
+                speculation=Speculation(method, _k(options), draft=options["draft"]),
                 acceptance=_acceptance(options["acceptance"], PRIORS[method]),
                 draft=load_checkpoint(options["draft"]) if method == "draft_model" else None,
             )
         )
     return tuple(found)
+
+
+def _k(options: dict[str, Any]) -> int:
+    return int(options["ks"][0]) if options["ks"] else 3
 
 
 def _acceptance(given: str | None, prior: Prior) -> Prior:

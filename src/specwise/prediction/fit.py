@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from specwise.errors import InputError, StoreError
@@ -120,52 +119,73 @@ class Fit:
 
 
 def fit_steps(observed: Sequence[ObservedStep], *, method: str, about: Mapping[str, Any]) -> Fit:
-    """The coefficients that fit ``observed`` best, of both arms together.
-
-    The target's T is shared by both arms: a verify step is a step over more tokens. Raises
-    InputError where there are too few different shapes.
-    """
+    """The coefficients that fit ``observed`` best, of the baseline's steps and one method's."""
     plain = [o for o in observed if o.k is None]
-    if len({o.tokens for o in plain}) < 3 or len(plain) == len(observed):
+    speculating = [o for o in observed if o.k is not None]
+    return fit_methods(plain, {method: speculating}, about=about)[method]
+
+
+def fit_methods(
+    plain: Sequence[ObservedStep],
+    by_method: Mapping[str, Sequence[ObservedStep]],
+    *,
+    about: Mapping[str, Any],
+) -> dict[str, Fit]:
+    """The coefficients that fit the baseline's ``plain`` steps and every method's best, together.
+
+    The target's T is shared by all: a verify step is a step over more tokens. Each method has a p
+    and a d of its own. Raises InputError where there are too few different shapes.
+    """
+    if len({o.tokens for o in plain}) < 3 or not all(by_method.values()):
         raise InputError(
             "Too few different steps were observed to fit costs.",
-            "Calibrate at three concurrencies or more, with and without speculation.",
+            "Measure at three concurrencies or more, with and without speculation.",
         )
-    rows = np.array([_basis(o, method) for o in observed])
-    seconds = np.array([o.seconds for o in observed])
-    weights = 1 / seconds
-    coefficients, _ = nnls(rows * weights[:, None], np.ones(len(seconds)))
-    predicted = rows @ coefficients
+    methods = list(by_method)
+    groups = [plain, *by_method.values()]
+    seconds = np.array([o.seconds for group in groups for o in group])
+    rows = np.array([_target_basis(o) for group in groups for o in group])
+    drafting = np.zeros((len(rows), 2 * len(methods)))
+    begins = np.cumsum([0, *(len(group) for group in groups)])
+    for place, method in enumerate(methods):
+        own = [_draft_basis(o, method) for o in by_method[method]]
+        drafting[begins[place + 1] : begins[place + 2], 2 * place : 2 * place + 2] = own
+    rows = np.hstack([rows, drafting])
+    coefficients, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
+    residuals = rows @ coefficients / seconds - 1
     count = len(KNOTS)
     base, token, context = (float(c) for c in coefficients[:3])
     above = tuple(float(c) for c in coefficients[3 : 3 + count])
     below = tuple(float(c) for c in coefficients[3 + count : 3 + 2 * count])
-    pass_s, draft_token_s = (float(c) for c in coefficients[3 + 2 * count :])
     baseline = FittedCosts(base, token, above, below, context)
-    candidate = FittedCosts(
-        base, token, above, below, context, pass_s, draft_token_s, method=method
-    )
-    return Fit(
-        baseline=baseline,
-        candidate=candidate,
-        observed=tuple(observed),
-        residuals=tuple(float(r) for r in predicted / seconds - 1),
-        about=about,
-    )
+    found = {}
+    for place, method in enumerate(methods):
+        at = 3 + 2 * count + 2 * place
+        pass_s, draft_token_s = (float(c) for c in coefficients[at : at + 2])
+        own_residuals = residuals[begins[place + 1] : begins[place + 2]]
+        found[method] = Fit(
+            baseline=baseline,
+            candidate=replace(baseline, pass_s=pass_s, draft_token_s=draft_token_s, method=method),
+            observed=(*plain, *by_method[method]),
+            residuals=tuple(float(r) for r in (*residuals[: begins[1]], *own_residuals)),
+            about=about,
+        )
+    return found
 
 
-def _basis(step: ObservedStep, method: str) -> NDArray[np.float64]:
-    """What each coefficient is multiplied with for this step."""
-    n, r = step.tokens, step.requests
-    target = [1.0, n, step.context_tokens]
-    target += [max(n - knot, 0.0) for knot in KNOTS]
-    target += [min(n, float(knot)) for knot in KNOTS]
-    if step.k is None:
-        return np.array([*target, 0.0, 0.0])
+def _target_basis(step: ObservedStep) -> list[float]:
+    """What each coefficient of T and c is multiplied with for this step."""
+    n = step.tokens
+    above = [max(n - knot, 0.0) for knot in KNOTS]
+    return [1.0, n, step.context_tokens, *above, *(min(n, float(knot)) for knot in KNOTS)]
+
+
+def _draft_basis(step: ObservedStep, method: str) -> tuple[float, float]:
+    """What the drafter's p and d are multiplied with for this step."""
     if method in ("ngram", "suffix"):
-        return np.array([*target, 0.0 if step.prefill else 1.0, 0.0])
-    later = 0 if step.prefill else max(step.k - 1, 0)
-    return np.array([*target, 1.0 + later, n + later * r])
+        return (0.0 if step.prefill else 1.0, 0.0)
+    later = 0 if step.prefill or step.k is None else max(step.k - 1, 0)
+    return (1.0 + later, step.tokens + later * step.requests)
 
 
 def write_fit(fit: Fit, path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class Prior:
         """The first ``k`` positions."""
         return tuple(self.at(i) for i in range(1, k + 1))
 
+    def given_drafted(self, k: int) -> tuple[float, ...]:
+        """The first ``k`` positions among steps that draft at all: what the simulation draws."""
+        first, *rest = self.positions(k)
+        return (min(first / self.drafted_share, 1.0) if self.drafted_share else 0.0, *rest)
+
 
 _TRACES = "published traces, Llama-3.1-8B on ShareGPT, greedy; yours will differ: measure it"
 PRIORS: Mapping[str, Prior] = {
@@ -80,6 +85,40 @@ class Candidate:
     draft: Checkpoint | None = None
 
 
+class Question(Protocol):
+    """What a forecast answers: a `Scenario`, or a finished study at other loads.
+
+    ``name`` and ``machine`` say of what; ``notes`` where the costs come from, empty for a roofline.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def machine(self) -> str: ...  # noqa: D102
+    @property
+    def gpu(self) -> Gpu | None: ...  # noqa: D102
+    @property
+    def gpus(self) -> int | None: ...  # noqa: D102
+    @property
+    def prompt_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def output_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def mean_context(self) -> float: ...  # noqa: D102
+    @property
+    def loads(self) -> tuple[LoadPoint, ...]: ...  # noqa: D102
+    @property
+    def production(self) -> LoadPoint: ...  # noqa: D102
+    @property
+    def candidates(self) -> tuple[Candidate, ...]: ...  # noqa: D102
+    @property
+    def slo(self) -> Slo: ...  # noqa: D102
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
+    def baseline_costs(self) -> StepCosts: ...  # noqa: D102
+    def candidate_costs(self, candidate: Candidate) -> StepCosts: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """What is asked: a target on GPUs, its traffic, loads and candidates.
@@ -99,6 +138,21 @@ class Scenario:
     temperature: float = 0.0
     context: int = 8192
     costs: Mapping[str, StepCosts] | None = None
+
+    @property
+    def name(self) -> str:
+        """The target's."""
+        return self.target.name
+
+    @property
+    def machine(self) -> str:
+        """As ``4 x NVIDIA H100 SXM``."""
+        return f"{self.gpus} x {self.gpu.name}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: the costs' own constants say where they come from."""
+        return ()
 
     @property
     def mean_context(self) -> float:
@@ -166,7 +220,7 @@ class Unknown:
         return (self.speedup_low - 1) * (self.speedup_high - 1) < 0
 
 
-def by_batch(scenario: Scenario, batches: Sequence[int]) -> tuple[AtBatch, ...]:
+def by_batch(scenario: Question, batches: Sequence[int]) -> tuple[AtBatch, ...]:
     """Speedup, break-even acceptance and best k of every candidate at each batch (req B5)."""
     baseline = scenario.baseline_costs()
     found = []
@@ -192,7 +246,7 @@ def by_batch(scenario: Scenario, batches: Sequence[int]) -> tuple[AtBatch, ...]:
     return tuple(found)
 
 
-def sensitivity(scenario: Scenario, batch: float) -> tuple[Unknown, ...]:
+def sensitivity(scenario: Question, batch: float) -> tuple[Unknown, ...]:
     """What moves the answer at ``batch`` running requests most, first.
 
     Every unknown is moved alone, to the ends of what it may reasonably be.
@@ -201,7 +255,7 @@ def sensitivity(scenario: Scenario, batch: float) -> tuple[Unknown, ...]:
     return tuple(sorted(found, key=lambda unknown: -unknown.swing))
 
 
-def _unknowns(scenario: Scenario, candidate: Candidate, batch: float) -> Iterator[Unknown]:
+def _unknowns(scenario: Question, candidate: Candidate, batch: float) -> Iterator[Unknown]:
     def speedup(
         *,
         conditional: tuple[float, ...] | None = None,
@@ -310,11 +364,6 @@ def forecast_study(scenario: Scenario, *, seed: int = 0, repeats: int = 2) -> St
     largest = (scenario.context // 2, scenario.context // 2 - LARGEST_K - 1)
     bounded = np.clip(np.rint(sizes), 2, largest).astype(int)
     traffic = {_SEGMENT: Traffic(tuple((int(p), int(o)) for p, o in bounded))}
-
-    def arrivals(trial: Trial, rng: np.random.Generator) -> Sequence[float]:
-        gaps = rng.exponential(1 / trial.load.value, trial.requests)
-        return [float(at) for at in np.cumsum(gaps)]
-
     provenance: dict[str, Any] = {
         "target": scenario.target.name,
         "gpu": scenario.gpu.name,
@@ -326,10 +375,16 @@ def forecast_study(scenario: Scenario, *, seed: int = 0, repeats: int = 2) -> St
         design,
         arms=_arms(scenario),
         traffic=traffic,
-        arrivals=arrivals,
+        arrivals=poisson_arrivals,
         provenance=provenance,
         on_trial=_nothing,
     )
+
+
+def poisson_arrivals(trial: Trial, rng: np.random.Generator) -> Sequence[float]:
+    """When the requests of an open-loop trial come, seconds."""
+    gaps = rng.exponential(1 / trial.load.value, trial.requests)
+    return [float(at) for at in np.cumsum(gaps)]
 
 
 def _nothing(_: MeasuredTrial) -> None:
@@ -349,16 +404,10 @@ def _arms(scenario: Scenario) -> dict[str, SimArm]:
         arms[candidate.name] = SimArm(
             costs=scenario.candidate_costs(candidate),
             config=limits_of(memory, candidate.speculation),
-            acceptance={_SEGMENT: _given_drafted(candidate.acceptance, candidate.speculation.k)},
+            acceptance={_SEGMENT: candidate.acceptance.given_drafted(candidate.speculation.k)},
             draft_probability={_SEGMENT: candidate.acceptance.drafted_share},
         )
     return arms
-
-
-def _given_drafted(prior: Prior, k: int) -> tuple[float, ...]:
-    """Conditional acceptance among steps that draft at all: what the simulation draws."""
-    first, *rest = prior.positions(k)
-    return (min(first / prior.drafted_share, 1.0), *rest)
 
 
 def _memory(scenario: Scenario, draft: Checkpoint | None) -> Any:
@@ -380,16 +429,14 @@ def _memory(scenario: Scenario, draft: Checkpoint | None) -> Any:
     return found
 
 
-def _design(scenario: Scenario, seed: int, repeats: int) -> StudyDesign:
-    deployment = Deployment(model=scenario.target.name, engine="predicted")
-    arms = (
-        Arm("baseline", deployment=deployment),
-        *(Arm(c.name, c.speculation, deployment) for c in scenario.candidates),
-    )
+def planned_trials(
+    arms: Sequence[Arm], workload: str, loads: Sequence[LoadPoint], repeats: int
+) -> tuple[Trial, ...]:
+    """Every arm at every load, with requests enough for that load."""
     trials: list[Trial] = []
+    fewest, most = _REQUESTS
     for repeat in range(repeats):
-        for load in scenario.loads:
-            fewest, most = _REQUESTS
+        for load in loads:
             requests = int(min(max(fewest, 4 * load.value), most))
             if load.loop is Loop.OPEN:
                 requests = int(min(max(120, 30 * load.value), most))
@@ -398,13 +445,22 @@ def _design(scenario: Scenario, seed: int, repeats: int) -> StudyDesign:
                     Trial(
                         f"{len(trials) + 1:04d}-{arm.name}-{load.label}-r{repeat}",
                         arm.name,
-                        _SEGMENT,
+                        workload,
                         load,
                         repeat,
                         Purpose.MEASURE,
                         requests,
                     )
                 )
+    return tuple(trials)
+
+
+def _design(scenario: Scenario, seed: int, repeats: int) -> StudyDesign:
+    deployment = Deployment(model=scenario.target.name, engine="predicted")
+    arms = (
+        Arm("baseline", deployment=deployment),
+        *(Arm(c.name, c.speculation, deployment) for c in scenario.candidates),
+    )
     return StudyDesign(
         name=f"forecast of {scenario.target.name}",
         seed=seed,
@@ -422,6 +478,6 @@ def _design(scenario: Scenario, seed: int, repeats: int) -> StudyDesign:
         production_load=scenario.production,
         production_workload=_SEGMENT,
         slo=scenario.slo,
-        trials=tuple(trials),
+        trials=planned_trials(arms, _SEGMENT, scenario.loads, repeats),
         timeout_s=math.inf,
     )

@@ -17,7 +17,7 @@ from specwise.analysis.comparison import Effect
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.latency import ServingSummary
 from specwise.decision.assessment import Assessment
-from specwise.prediction.forecast import AtBatch, Candidate, Scenario, Unknown
+from specwise.prediction.forecast import AtBatch, Candidate, Question, Unknown
 from specwise.prediction.speedup import constant_alpha, tokens_per_step
 from specwise.reporting import wording
 from specwise.reporting.console import console_text, ruled_table
@@ -33,13 +33,17 @@ CAUTION: Final = (
     "Predicted, not measured. Use it to choose what to measure: acceptance is an assumption here "
     "until you measure it."
 )
+EXTRAPOLATED: Final = (
+    "Predicted, not measured. Costs and acceptance are the study's own; the further a load or a "
+    "draft length lies from what it ran, the less this is worth."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Everything that `specwise predict` shows."""
 
-    scenario: Scenario
+    scenario: Question
     assessment: Assessment
     batches: tuple[AtBatch, ...]
     unknowns: tuple[Unknown, ...]
@@ -47,15 +51,19 @@ class Forecast:
 
     @property
     def speedups(self) -> tuple[Effect, ...]:
-        """Speedup of every candidate at every load."""
+        """Speedup of every candidate at every load, of each segment inside a mix too."""
         return tuple(e for e in self.assessment.effects if e.metric == "speedup")
 
-    def summary(self, arm: str, effect: Effect) -> ServingSummary | None:
-        """The serving figures of ``arm`` at the load of ``effect``."""
-        for found in self.assessment.summaries:
-            if (found.arm, found.load) == (arm, effect.load):
-                return found
-        return None
+    @property
+    def rows(self) -> tuple[tuple[ServingSummary, Effect | None], ...]:
+        """Every arm at every load, the whole traffic, with its speedup (None: the baseline)."""
+        whole = {(e.arm, e.load): e for e in self.speedups if e.segment is None}
+        return tuple(
+            (found, whole.get((found.arm, load)))
+            for load in self.scenario.loads
+            for found in self.assessment.summaries
+            if found.load == load and found.segment is None
+        )
 
 
 def crossover_words(crossover: Crossover) -> str:
@@ -90,8 +98,9 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "predicted": True,
-        "target": scenario.target.name,
-        "gpu": scenario.gpu.name,
+        "target": scenario.name,
+        "machine": scenario.machine,
+        "gpu": scenario.gpu.name if scenario.gpu else None,
         "gpus": scenario.gpus,
         "prompt_tokens": scenario.prompt_tokens,
         "output_tokens": scenario.output_tokens,
@@ -122,13 +131,12 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
     """Print speedups by load, crossovers, and what moves the answer most."""
     out = console or Console()
     scenario = forecast.scenario
-    gpus = f"{scenario.gpus} x {scenario.gpu.name}"
 
     def line(words: str, style: str = "", indent: int = 0) -> None:
         text = console_text(out, words, style)
         out.print(Padding(text, (0, 0, 0, indent), expand=False), highlight=False)
 
-    line(f"PREDICTED   {scenario.target.name} on {gpus}", "bold yellow")
+    line(f"PREDICTED   {scenario.name} on {scenario.machine}", "bold yellow")
     line(f"{scenario.prompt_tokens} prompt and {scenario.output_tokens} output tokens on average")
     for candidate in scenario.candidates:
         given = ", ".join(
@@ -141,14 +149,10 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
     table.add_column("Arm", no_wrap=True)
     for name in ("Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s", *_goodput(scenario)):
         table.add_column(name, justify="right", no_wrap=True)
-    for load in scenario.loads:
-        for found in (s for s in forecast.assessment.summaries if s.load == load):
-            effect = next(
-                (e for e in forecast.speedups if (e.arm, e.load) == (found.arm, load)), None
-            )
-            cells = [load.label, found.arm, MISSING if effect is None else _marked(effect)]
-            cells += _figures(scenario, found)
-            table.add_row(*(console_text(out, cell) for cell in cells))
+    for found, effect in forecast.rows:
+        cells = [found.load.label, found.arm, MISSING if effect is None else _marked(effect)]
+        cells += _figures(scenario, found)
+        table.add_row(*(console_text(out, cell) for cell in cells))
     out.print(table)
     line("TPOT and TTFT in ms" + (f"; Good/s: {GOODPUT}" if _goodput(scenario) else ""), "dim")
     for crossover in forecast.assessment.crossovers:
@@ -164,26 +168,32 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
             indent=2,
         )
     out.print()
-    line(CAUTION, "yellow")
+    for note in scenario.notes:
+        line(note, "dim")
+    line(_caution(scenario), "yellow")
+
+
+def _caution(scenario: Question) -> str:
+    return EXTRAPOLATED if scenario.notes else CAUTION
 
 
 def _marked(effect: Effect) -> str:
     return f"{MARKS[effect.direction]} {ratio(effect.ratio)}"
 
 
-def _goodput(scenario: Scenario) -> tuple[str, ...]:
+def _goodput(scenario: Question) -> tuple[str, ...]:
     """The column of goodput, where a limit says what is good."""
     slo = scenario.slo
     limited = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None)
     return ("Good/s",) if limited else ()
 
 
-def _limits(scenario: Scenario) -> str:
+def _limits(scenario: Question) -> str:
     limits = {"TTFT": scenario.slo.ttft_s, "TPOT": scenario.slo.tpot_s, "E2E": scenario.slo.e2e_s}
     return ", ".join(f"{n} at most {milliseconds(s)} ms" for n, s in limits.items() if s)
 
 
-def _figures(scenario: Scenario, summary: ServingSummary) -> list[str]:
+def _figures(scenario: Question, summary: ServingSummary) -> list[str]:
     cells = []
     for timing in (summary.tpot_s, summary.ttft_s):
         cells += [
@@ -215,13 +225,16 @@ def render_forecast(forecast: Forecast) -> str:
     styles = arm_styles(assessment.study.design.arms)
     production = scenario.production
     headline = "; ".join(
-        f"{e.arm} {ratio(e.ratio)}" for e in forecast.speedups if e.load == production
+        f"{e.arm} {ratio(e.ratio)}"
+        for e in forecast.speedups
+        if e.load == production and e.segment is None
     )
     return page_template("prediction.html").render(
         w=wording,
         scenario=scenario,
-        caution=CAUTION,
-        headline=f"{headline} at {wording.load_phrase(production)}, if acceptance is as assumed",
+        caution=_caution(scenario),
+        headline=f"{headline} at {wording.load_phrase(production)}"
+        + ("" if scenario.notes else ", if acceptance is as assumed"),
         crossovers=[
             f"{c.arm} {crossover_words(c)}" for c in assessment.crossovers if c.segment is None
         ],
@@ -234,19 +247,7 @@ def render_forecast(forecast: Forecast) -> str:
         goodput=bool(_goodput(scenario)),
         limits=_limits(scenario),
         equal_acceptance=equal_acceptance,
-        rows=[
-            (
-                load,
-                summary,
-                next(
-                    (e for e in forecast.speedups if (e.arm, e.load) == (summary.arm, load)), None
-                ),
-                _figures(scenario, summary),
-            )
-            for load in scenario.loads
-            for summary in assessment.summaries
-            if summary.load == load
-        ],
+        rows=[(found.load, found, e, _figures(scenario, found)) for found, e in forecast.rows],
         batches=forecast.batches,
         unknowns=forecast.unknowns,
         unknowns_at=forecast.unknowns_at,
@@ -256,7 +257,9 @@ def render_forecast(forecast: Forecast) -> str:
     )
 
 
-def _cost_notes(scenario: Scenario) -> list[str]:
+def _cost_notes(scenario: Question) -> list[str]:
+    if scenario.notes:
+        return list(scenario.notes)
     price = scenario.baseline_costs()
     notes = [f"Step costs: {type(price).__name__}."]
     for name in ("efficiency", "overheads"):
