@@ -111,17 +111,10 @@ def firing(
     selector: str = 'job="vllm"',
     tap: bool = False,
 ) -> set[str]:
-    """Which alerts fire: each is asserted silent in a test of its own, and the failures counted."""
+    """Which alerts fire: all are asserted silent, and promtool names each that is not."""
     (folder / "rules.yml").write_text(alert_rules(expected, selector=selector, tap=tap))
-    tests = [
-        {
-            "name": name,
-            "interval": "1m",
-            "input_series": series,
-            "alert_rule_test": [{"eval_time": at, "alertname": name, "exp_alerts": []}],
-        }
-        for name in names
-    ]
+    silent = [{"eval_time": at, "alertname": name, "exp_alerts": []} for name in names]
+    tests = [{"interval": "1m", "input_series": series, "alert_rule_test": silent}]
     (folder / "test.yml").write_text(
         yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests})
     )
