@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -107,8 +108,7 @@ def _trial(
     for index in range(trial.requests):
         segment = design.segment(shares[index % len(shares)][0])
         family = segment.same_prompts_as or segment.name
-        prompt = np.random.default_rng([len(family), trial.repeat, index])
-        difficulty = float(prompt.normal())
+        difficulty = _difficulty(len(family), trial.repeat, index)
         request = truth(trial, family, segment.temperature, difficulty, rng)
         client = int(clients.argmin())
         start = float(clients[client])
@@ -138,6 +138,12 @@ def _trial(
     return MeasuredTrial(trial, tuple(records), (part,), complete=True)
 
 
+@cache
+def _difficulty(*prompt: int) -> float:
+    """The same for every arm."""
+    return float(np.random.default_rng(prompt).normal())
+
+
 def _record(
     index: int,
     prompt_id: str,
@@ -155,15 +161,17 @@ def _record(
             index, prompt_id, *segment, 0, start, start, (), (), start + 1.0, request.outcome
         )
     tokens, carried, steps = 40, [1], [0] * (K + 1)
-    while sum(carried) < tokens:
+    left = tokens - 1
+    while left:
         accepted = 0
         while speculates and accepted < K and rng.random() < request.accept:
             accepted += 1
         steps[accepted] += 1
-        carried.append(min(1 + accepted, tokens - sum(carried)))
+        carried.append(min(1 + accepted, left))
+        left -= carried[-1]
     first = start + request.ttft_s * pace
     last = first + request.tpot_s * pace * (tokens - 1)
-    chunk_s = tuple(float(t) for t in np.linspace(first, last, len(carried)))
+    chunk_s = tuple(np.linspace(first, last, len(carried)).tolist())
     counts = AcceptanceCounts(
         AcceptanceSource.CHUNKS
         if source is AcceptanceSource.CHUNKS

@@ -8,8 +8,10 @@ slow as a whole. Closed-loop clients take the next request when theirs ends.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -215,7 +217,14 @@ def _trial(
 
 
 def _nearest(table: Mapping[float, float], load: float) -> float:
-    return table[min(table, key=lambda known: abs(np.log(known / load)))]
+    return table[min(table, key=lambda known: abs(math.log(known / load)))]
+
+
+@cache
+def _prompt(*key: int) -> tuple[int, float]:
+    """Tokens that the prompt leads to, and how hard they are: the same for every arm."""
+    rng = np.random.default_rng([3, *key])
+    return int(rng.integers(24, 65)), float(np.exp(rng.normal(0.0, 0.08)))
 
 
 def _request(
@@ -232,9 +241,7 @@ def _request(
 ) -> RequestRecord:
     arm = design.arm(trial.arm)
     load = trial.load.value
-    prompt = np.random.default_rng([3, trial.repeat, index, int(load), len(segment)])
-    tokens = int(prompt.integers(24, 65))
-    difficulty = float(np.exp(prompt.normal(0.0, 0.08)))
+    tokens, difficulty = _prompt(trial.repeat, index, int(load), len(segment))
     noise = float(np.exp(rng.normal(0.0, truth.request_sd)))
     temperature = design.segment(segment).temperature
     sent = start + 0.0002
@@ -259,16 +266,18 @@ def _request(
     if speculation is not None:
         speedup = _nearest(truth.speedup[arm.name][segment], load)
     accepts = truth.acceptance.get(arm.name, {}).get(segment, 0.6)
-    steps: list[int] = []
-    carried = [1]
-    while sum(carried) < tokens:
-        accepted = 0
-        if speculation is not None:
+    if speculation is None:
+        steps, carried = [0] * (tokens - 1), [1] * tokens
+    else:
+        steps, carried, written = [], [1], 1
+        while written < tokens:
+            accepted = 0
             while accepted < speculation.k and rng.random() < accepts:
                 accepted += 1
-        accepted = min(accepted, tokens - sum(carried) - 1)
-        steps.append(accepted)
-        carried.append(accepted + 1)
+            accepted = min(accepted, tokens - written - 1)
+            steps.append(accepted)
+            carried.append(accepted + 1)
+            written += accepted + 1
     tpot = _nearest(BASE_TPOT_S, load) / speedup * pace * difficulty * noise
     ratio = truth.ttft_ratio.get(arm.name, 1.0)
     ttft = _nearest(BASE_TTFT_S, load) * ratio * pace * float(np.exp(rng.normal(0.0, 0.15)))
