@@ -7,25 +7,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from tests.analysis.synthetic import demo_study
+from tests.cli.study_folders import write_study
 
 from specwise.cli.main import specwise
 from specwise.errors import InputError
-from specwise.measurement.store import StudyFolder
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    data = demo_study()
-    folder = StudyFolder.create(tmp_path / "study", data.design, {"specwise": "test"}, "")
-    for measured in data.trials:
-        with folder.recording(measured.trial) as writer:
-            for record in measured.records:
-                writer.request(record)
-            for part in measured.parts:
-                writer.part(part)
-            if measured.complete:
-                writer.complete()
-    return folder.path
+    return write_study(tmp_path / "study", demo_study())
 
 
 def test_alerts_prints_rules_with_the_studys_thresholds(study: Path) -> None:

@@ -46,6 +46,16 @@ def test_one_command_in_many_forms(text: str) -> None:
     )
 
 
+def test_arguments_alone_are_written_without_a_launcher() -> None:
+    """What goes into the command of a server that somebody else starts."""
+    alone = c.ServeCommand(None, flags=WANTED.flags, speculation=WANTED.speculation, launcher=())
+    assert c.read_command(c.to_shell(alone)).flags == WANTED.flags
+    assert c.to_shell(alone).startswith("--tensor-parallel-size 2 \\\n")
+    container = yaml.safe_load(c.to_container_args(alone))
+    assert list(container) == ["args"]
+    assert c.read_yaml(c.to_container_args(alone)).speculation == WANTED.speculation
+
+
 def test_scripts() -> None:
     script = (
         "#!/bin/bash\nset -e  # it's safe\nexport A=1\ncd /models && "

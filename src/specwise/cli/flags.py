@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from specwise.domain import Speculation
 from specwise.errors import InputError
 from specwise.facts.checkpoint import full_name
 from specwise.planning.pairing import model_facts
 from specwise.vllm.command import (
+    ServeCommand,
     Version,
     names,
     read_words,
@@ -21,12 +25,53 @@ from specwise.vllm.command import (
     to_words,
     to_yaml,
 )
-from specwise.vllm.findings import ADVICE, ERROR
+from specwise.vllm.findings import ADVICE, ERROR, Finding
 from specwise.vllm.flags import ServeOptions, serve_command
 from specwise.vllm.lint import lint
 
 _USUAL_K = {"mtp": 1, "suffix": 24}  # one MTP layer drafts one token well; suffix takes k as a cap
-_FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
+FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A command that lint has seen: repaired where the checkpoints forbid it, and what was said.
+
+    ``refused`` says that vLLM would still refuse it.
+    """
+
+    command: ServeCommand
+    findings: tuple[Finding, ...]
+    refused: bool
+
+
+def check(made: ServeCommand, version: Version, *, target: object, draft: object) -> Checked:
+    """``made`` after lint, with the metadata of ``target`` and ``draft`` if it is at hand."""
+    facts = {"target": model_facts(target), "draft": model_facts(draft)}
+    result = lint(made, version, **facts)
+    # Advice is for commands found in the wild; what the checkpoints forbid is repaired and said.
+    findings = tuple(f for f in result.findings if f.severity != ADVICE)
+    command = replace(result.corrected if findings else made, notes=made.notes)
+    again = lint(command, version, **facts).findings
+    return Checked(command, findings, any(f.severity == ERROR for f in again))
+
+
+def answer(checked: Checked, version: Version, form: str) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "vllm": str(version),
+        "words": to_words(checked.command),
+        "speculative_config": checked.command.speculation,
+        "notes": dict(checked.command.notes),
+        "findings": [asdict(f) for f in checked.findings],
+        form: FORMATS[form](checked.command),
+    }
+
+
+def say_findings(findings: tuple[Finding, ...]) -> None:
+    """Print them to stderr."""
+    for finding in findings:
+        click.echo(f"{finding.severity}: {finding.what} {finding.fix}", err=True)
 
 
 def read_schedule(text: str) -> tuple[tuple[int, int, int], ...]:
@@ -67,8 +112,18 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.command(
     epilog="Example: specwise flags llama-3.1-70b --draft llama-3.1-8b --k 5 --tp 2 --draft-tp 1"
 )
-@click.argument("target")
+@click.argument("target", required=False)
 @click.argument("further", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--from",
+    "study",
+    type=click.Path(path_type=Path),
+    help="Instead of TARGET: what the verdict of this study (or tuning) says to serve.",
+)
+@click.option("--arm", help="With --from: this arm as it was measured, whatever the verdict.")
+@click.option(
+    "--rollout", is_flag=True, help="With --from: a rollout note in Markdown, with the command."
+)
 @click.option("--method", help="draft_model, ngram, eagle3, mtp, suffix, ... (default: by --draft)")
 @click.option("--draft", help="The draft model's or head's folder or hub id.")
 @click.option(
@@ -94,16 +149,17 @@ def read_options(pairs: tuple[str, ...]) -> dict[str, object]:
 )
 @click.option("--draft-sampling", help="greedy or probabilistic")
 @click.option("--set", "fields", multiple=True, help="Any other speculative field: name=value.")
-@click.option(
-    "--format", "form", type=click.Choice([*_FORMATS]), default="shell", show_default=True
-)
+@click.option("--format", "form", type=click.Choice([*FORMATS]), default="shell", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.pass_context
 def flags(  # noqa: PLR0917 (click passes by name)
     ctx: click.Context,
     /,
-    target: str,
+    target: str | None,
     further: tuple[str, ...],
+    study: Path | None,
+    arm: str | None,
+    rollout: bool,
     method: str | None,
     draft: str | None,
     k: int | None,
@@ -129,7 +185,16 @@ def flags(  # noqa: PLR0917 (click passes by name)
     TARGET and --draft are written as given (use the folder or hub id that your server will see);
     built-in short names become hub ids. FURTHER vLLM arguments follow after --. Exit code 1 if vLLM
     would refuse the pair.
+
+    With --from STUDY: the arm that the study's verdict recommends, on the study's own model,
+    arguments and vLLM version. Exit code 3 where the verdict is to measure more.
     """
+    if study is not None:
+        _from_study(ctx, study, (*((target,) if target else ()), *further))
+    if target is None:
+        raise click.UsageError("Give TARGET, or --from STUDY.")
+    if arm is not None or rollout:
+        raise click.UsageError("--arm and --rollout go with --from STUDY.")
     method = method or ("draft_model" if draft else "ngram")
     rows = read_schedule(schedule) if schedule else ()
     longest = max((row[2] for row in rows), default=0)
@@ -157,25 +222,46 @@ def flags(  # noqa: PLR0917 (click passes by name)
         draft_sampling=draft_sampling,
         extra=read_words(["vllm", "serve", *further]).flags,
     )
-    made = serve_command(options)
-    facts = {"target": model_facts(target), "draft": model_facts(draft)}
-    result = lint(made, options.version, **facts)
-    # Advice is for commands found in the wild; what the checkpoints forbid is repaired and said.
-    findings = [f for f in result.findings if f.severity != ADVICE]
-    command = replace(result.corrected if findings else made, notes=made.notes)
-    again = lint(command, options.version, **facts).findings
+    checked = check(serve_command(options), options.version, target=target, draft=draft)
     if as_json:
-        answer = {
-            "vllm": str(options.version),
-            "words": to_words(command),
-            "speculative_config": command.speculation,
-            "notes": dict(command.notes),
-            "findings": [asdict(f) for f in findings],
-            form: _FORMATS[form](command),
-        }
-        click.echo(json.dumps(answer, indent=2))
+        click.echo(json.dumps(answer(checked, options.version, form), indent=2))
     else:
-        for finding in findings:
-            click.echo(f"{finding.severity}: {finding.what} {finding.fix}", err=True)
-        click.echo(_FORMATS[form](command))
-    ctx.exit(1 if any(f.severity == ERROR for f in again) else 0)
+        say_findings(checked.findings)
+        click.echo(FORMATS[form](checked.command))
+    ctx.exit(1 if checked.refused else 0)
+
+
+# What --from goes together with; everything else comes from the study.
+_WITH_FROM = {"study", "arm", "rollout", "version", "form", "as_json", "target", "further"}
+
+
+def _from_study(ctx: click.Context, study: Path, words: tuple[str, ...]) -> None:
+    """The command that a study's verdict recommends; exits."""
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name is not None
+        and parameter.name not in _WITH_FROM
+        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if words and not words[0].startswith("-"):
+        given.append(f"TARGET {words[0]}")
+    if given:
+        raise click.UsageError(
+            f"--from takes the deployment from the study: leave out {', '.join(given)}. --arm, "
+            "--vllm, --format, --rollout and vLLM arguments after -- go with it."
+        )
+    from specwise.cli.flags_from import flags_from_study  # noqa: PLC0415 - numpy loads here
+
+    options = ctx.params
+    ctx.exit(
+        flags_from_study(
+            study,
+            arm=options["arm"],
+            version=options["version"],
+            further=words,
+            form=options["form"],
+            rollout=options["rollout"],
+            as_json=options["as_json"],
+        )
+    )

@@ -14,15 +14,13 @@ from typing import Any
 import yaml
 
 from specwise.errors import InputError
-from specwise.monitoring.expectations import Expectations
+from specwise.monitoring.expectations import FULL_KV_USE, Expectations
 from specwise.monitoring.promql import WINDOW, Figure, plain_figures, tap_figures
 
 _RATE = "specwise:acceptance_rate:rate5m"
 _RUNNING = "specwise:running:avg5m"
 _TPOT = "specwise:tpot_s:mean5m"
 _TTFT = "specwise:ttft_s:mean5m"
-_LATENCY_SLACK = 1.25
-"""TTFT may be a quarter above the study's mean before it counts as a regression."""
 _TRAFFIC_PER_S = 0.1
 """Verify steps a second below which acceptance is a matter of single requests."""
 
@@ -144,10 +142,9 @@ def _plain_alerts(expected: Expectations, selector: str) -> Iterator[dict[str, A
             "then look for the cause."
         ),
     )
-    limit = expected.ttft_s.mean * _LATENCY_SLACK
     yield _alert(
         "SpeculationTtftRegression",
-        f"{_TTFT} > {limit:.6f}{at_most} and {busy}",
+        f"{_TTFT} > {expected.ttft_limit_s:.6f}{at_most} and {busy}",
         wait="15m",
         severity="warning",
         summary="First tokens come late on {{ $labels.instance }}",
@@ -159,7 +156,7 @@ def _plain_alerts(expected: Expectations, selector: str) -> Iterator[dict[str, A
     )
     yield _alert(
         "SpeculationKvSqueeze",
-        f"specwise:kv_use:max > 0.9 and specwise:preemptions_per_s:rate5m > 0 and {busy}",
+        f"specwise:kv_use:max > {FULL_KV_USE} and specwise:preemptions_per_s:rate5m > 0 and {busy}",
         wait="10m",
         severity="warning",
         summary="The KV cache of {{ $labels.instance }} is full and requests are preempted",
@@ -213,10 +210,9 @@ def _tap_alerts(expected: Expectations) -> Iterator[dict[str, Any]]:
     study = f"study {expected.study} ({expected.arm})"
     for segment in expected.segments:
         series = f'specwise:tap_acceptance_rate:segment_rate15m{{segment="{segment.segment}"}}'
-        limit = segment.rate - (expected.rate - expected.drifted_rate)
         yield _alert(
             "SpeculationSegmentAcceptanceLow",
-            f"{series} < {limit:.4f}",
+            f"{series} < {expected.segment_floor(segment):.4f}",
             wait="30m",
             severity="warning",
             summary=f"Acceptance of {segment.segment} is no longer what was measured",

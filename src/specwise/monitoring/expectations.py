@@ -26,6 +26,12 @@ UNHEALTHY_RATE = 0.5
 HEALTHY_RATE = 0.7
 """The article's classes for the server's own counters (req H1); rules of thumb."""
 
+TTFT_SLACK = 1.25
+"""TTFT may be a quarter above the study's mean before it counts as a regression."""
+
+FULL_KV_USE = 0.9
+"""Preemptions beside a KV use above this mean that the draft's memory is missing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -68,6 +74,8 @@ class Expectations:
     production's load (req B5); None where the study cannot tell or no rate could reach it.
     ``crossover_running`` is the number of running requests from which speculation stops paying,
     None where the study found no crossover. Latencies are from the intended time of a request.
+    A schedule may draft nothing at the study's production load: ``production_load`` is then the
+    heaviest lighter load at which it drafts, and all figures are from there.
     """
 
     study: str
@@ -98,6 +106,15 @@ class Expectations:
         """The rate below which acceptance is no longer the study's."""
         return self.rate - MEANINGFUL_DROP
 
+    @property
+    def ttft_limit_s(self) -> float:
+        """The mean TTFT above which first tokens come later than measured, in seconds."""
+        return self.ttft_s.mean * TTFT_SLACK
+
+    def segment_floor(self, segment: SegmentExpectation) -> float:
+        """The rate below which one segment's acceptance is no longer the study's."""
+        return segment.rate - MEANINGFUL_DROP
+
 
 def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectations:
     """What ``assessment`` says of ``arm``, by default the verdict's, else the first candidate.
@@ -114,7 +131,7 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
             f"Study {design.name} has no speculating arm {name!r}.",
             f"It has {', '.join(a.name for a in candidates)}.",
         )
-    workload, load = design.production_workload, design.production_load
+    workload, load = design.production_workload, _watched_load(assessment, name)
     serving = {
         s.arm: s
         for s in assessment.summaries
@@ -186,6 +203,24 @@ def expectations(assessment: Assessment, *, arm: str | None = None) -> Expectati
         crossover_running=_crossover_running(assessment, name),
         kv_use_max=candidate.kv_use_max,
     )
+
+
+def _watched_load(assessment: Assessment, arm: str) -> LoadPoint:
+    """The production load, or the heaviest lighter one at which the arm's schedule drafts."""
+    design = assessment.study.design
+    production = design.production_load
+    speculation = design.arm(arm).speculation
+    if speculation is None or not speculation.schedule:
+        return production
+    drafting = [
+        a.load
+        for a in assessment.acceptance
+        if (a.arm, a.workload, a.segment) == (arm, design.production_workload, None)
+        and a.rate is not None
+        and a.load.loop is production.loop
+        and a.load.value <= production.value
+    ]
+    return max(drafting, default=production)
 
 
 def request_spread(records: Iterable[RequestRecord]) -> Spread | None:

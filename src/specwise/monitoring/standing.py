@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from specwise.decision.verdict import Decision
 from specwise.monitoring.drift import DriftState, DriftTest, drift_test, step
-from specwise.monitoring.expectations import HEALTHY_RATE, Expectations
+from specwise.monitoring.expectations import FULL_KV_USE, HEALTHY_RATE, Expectations
 from specwise.monitoring.windows import Reading, Replica, State, Window
 
 
@@ -78,7 +78,6 @@ _RECENT = 15
 """Windows that are judged together: one minute of a quiet server says little."""
 _FEW_REQUESTS = 20.0
 _TPOT_SLACK = 1.05
-_TTFT_SLACK = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +280,8 @@ class Watched:
                 against_verdict=True,
             )
         ttft, count = _mean_of(windows, "ttft_s")
-        limit = expected.ttft_s.mean * _TTFT_SLACK
-        if ttft is not None and count >= _FEW_REQUESTS and at_most and ttft > limit:
+        late = ttft is not None and ttft > expected.ttft_limit_s
+        if ttft is not None and late and count >= _FEW_REQUESTS and at_most:
             yield Observation(
                 "ttft",
                 Level.WARNING,
@@ -302,7 +301,7 @@ class Watched:
             )
         kv_use = max((w.kv_use for w in windows if w.kv_use is not None), default=None)
         preempted = sum(w.preemptions or 0.0 for w in windows)
-        if kv_use is not None and kv_use > 0.9 and preempted:
+        if kv_use is not None and kv_use > FULL_KV_USE and preempted:
             yield Observation(
                 "kv-squeeze",
                 Level.WARNING,

@@ -116,6 +116,7 @@ class Flag:
 class ServeCommand:
     """What starts a vLLM server.
 
+    An empty ``launcher`` with no ``model`` is a command's arguments alone.
     ``flags`` stand in the order given, without the speculative configuration; that is in
     ``speculation`` as the parsed object, or in ``unreadable_speculation`` as the text that could
     not be parsed; ``speculation_given_twice`` says that JSON and dotted keys were both there.
@@ -509,10 +510,10 @@ def to_shell(command: ServeCommand) -> str:
     lines = [f"# {name}: {note}" for name, note in command.notes.items()]
     prefix = [f"{name}={shlex.quote(value)}" for name, value in command.environment]
     groups = _argument_groups(command)
-    head = shlex.join(command.launcher)
-    if groups and command.model is not None:
-        head += " " + shlex.join(groups.pop(0))
-    body = [head, *(shlex.join(group) for group in groups)]
+    head = list(command.launcher)
+    if groups and (command.model is not None or not head):
+        head += groups.pop(0)
+    body = [shlex.join(head), *(shlex.join(group) for group in groups)]
     return "\n".join([*lines, " ".join([*prefix, " \\\n  ".join(body)])])
 
 
@@ -540,7 +541,7 @@ def to_yaml(command: ServeCommand) -> str:
 
 def to_container_args(command: ServeCommand) -> str:
     """``command`` and ``args`` of a Kubernetes container, notes as comments."""
-    lines = ["command: " + json.dumps(list(command.launcher))]
+    lines = ["command: " + json.dumps(list(command.launcher))] if command.launcher else []
     if command.environment:
         lines.append("env:")
         lines += [

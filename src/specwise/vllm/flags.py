@@ -200,7 +200,8 @@ class ServeOptions:
     """What the user wants served; None leaves vLLM's default.
 
     ``acceptance`` is "standard" (lossless), or "block", "synthetic", "fly", or V0's "typical".
-    ``extra`` are further vLLM arguments, passed on.
+    ``extra`` are further vLLM arguments, passed on. ``as_measured`` leaves a speculation that ran
+    in a study as it is: no choice is added that vLLM itself did not make there.
     """
 
     model: str
@@ -218,6 +219,7 @@ class ServeOptions:
     acceptance: str = "standard"
     draft_sampling: str | None = None
     extra: tuple[Flag, ...] = ()
+    as_measured: bool = False
 
 
 def serve_command(options: ServeOptions) -> ServeCommand:
@@ -303,7 +305,8 @@ def _config(speculation: Speculation, options: ServeOptions) -> dict[str, Any]:
     if speculation.k < 1:
         raise CommandError(f"k = {speculation.k} drafts nothing.", "Use 1 or more, 3 to start.")
     config = speculative_config(speculation, version)
-    if speculation.method in {"ngram", "ngram_gpu"} and not _LOOKUP.keys() & config.keys():
+    looks_up = speculation.method in {"ngram", "ngram_gpu"} and not options.as_measured
+    if looks_up and not _LOOKUP.keys() & config.keys():
         config.update(_LOOKUP)
     _set_draft_tp(config, options)
     if options.draft_quantization is not None:

@@ -35,6 +35,7 @@ STOP_TIMEOUT_S = 15.0
 # The CPU build takes every core for its matrix products, and the load client shares them: it must
 # be able to take a time stamp when an answer arrives, not when a thread of vLLM makes way.
 EMBEDDED_NICENESS = 5
+EMBEDDED_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto"}
 
 _ENTRY_POINT = "vllm.entrypoints.openai.api_server"
 _WATCHDOG = Path(__file__).with_name("server_watchdog.py")
@@ -488,8 +489,8 @@ def _environment(deployment: Deployment, speculation: Speculation | None) -> dic
     if deployment.engine == EMBEDDED:
         for name in ("PYTHONPATH", "PYTHONHOME"):
             environment.pop(name, None)
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
+        for name, value in EMBEDDED_ENVIRONMENT.items():
+            environment.setdefault(name, value)
         draft = speculation.draft if speculation else None
         if all(Path(model).is_dir() for model in (deployment.model, draft) if model):
             environment.setdefault("HF_HUB_OFFLINE", "1")
