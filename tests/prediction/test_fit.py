@@ -22,9 +22,9 @@ from specwise.prediction.fit import (
 )
 from specwise.prediction.forecast import PRIORS, Candidate
 
-TRUE_BASE = FittedCosts(0.020, 0.0005, (0.0, 0.001, 0.0), (0.0, 0.0, 0.0), 1e-7)
+TRUE_BASE = FittedCosts(0.020, 0.0005, (0.0, 0.001, 0.0, 0.0), (0.0,) * 4, 1e-7)
 TRUE_SPEC = FittedCosts(
-    0.020, 0.0005, (0.0, 0.001, 0.0), (0.0, 0.0, 0.0), 1e-7, 0.003, 0.0001, method="draft_model"
+    0.020, 0.0005, (0.0, 0.001, 0.0, 0.0), (0.0,) * 4, 1e-7, 0.003, 0.0001, method="draft_model"
 )
 
 

@@ -1,52 +1,66 @@
 """From a finished study to loads and draft lengths that it did not run.
 
-Steps are read from the records: the gap between two chunks of a request is one engine step, and
-the other requests' records say what that step computed. Costs are fitted to them; acceptance and
+Step costs are fitted to the steps that `analysis.steps` reads from the records; acceptance and
 request sizes are the study's own. The rest is the simulation that `specwise predict` uses.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specwise.analysis.acceptance import (
-    conditional_acceptance,
     counted_by_server,
     merge,
-    unconditional_acceptance,
 )
-from specwise.analysis.cells import TrialTable, cells, token_arrivals
+from specwise.analysis.cells import TrialTable, cells
+from specwise.analysis.steps import (
+    LONGEST_PROMPT,
+    LOOKUPS,
+    context_slope,
+    decoding_chunks,
+    drafted_share,
+    gaps_of,
+    observed_steps,
+    steps_of,
+)
 from specwise.domain import (
     AcceptanceCounts,
     AcceptanceSource,
     Arm,
     Gpu,
     LoadPoint,
+    Loop,
     Outcome,
     RequestRecord,
     Slo,
     Speculation,
     StudyData,
+    StudyDesign,
+    Trial,
 )
-from specwise.errors import InputError
+from specwise.errors import CommandError, InputError
+from specwise.measurement.arrivals import intended_times
 from specwise.prediction.costs import StepCosts
 from specwise.prediction.fit import Fit, ObservedStep, fit_methods
 from specwise.prediction.forecast import Candidate, Prior, planned_trials, poisson_arrivals
 from specwise.prediction.scheduler import SchedulerConfig
 from specwise.prediction.study import SimArm, Traffic, simulate_study
+from specwise.vllm.command import ServeCommand, read_words
+from specwise.vllm.findings import whole_number
 
-Floats = NDArray[np.float64]
+__all__ = ["Extrapolation", "extrapolate", "observed_steps"]
 
-_LOOKUPS = ("ngram", "suffix")
-_FEWEST_STEPS = 5
-_LONGEST_PROMPT = 2048  # more may be computed in several steps: max_num_batched_tokens of vLLM
 _FULL_KV = 0.9
+_KV_IN_USE = 0.05  # below, the gauge's rounding decides
+_PRIOR_STEPS = 4.0
+_NOISY = 0.1
+_POISSON = "Arrivals: Poisson at the same rate in place of the trace."
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,46 +119,47 @@ def extrapolate(
 ) -> Extrapolation:
     """Every arm with a static draft length at ``loads``, and with each other draft length ``ks``.
 
-    ``loads`` are by default the study's own and two and four times production's. Raises InputError
-    where the study is too small to fit costs to, or has no arm whose acceptance is known.
+    ``loads`` are by default the study's own and two and four times production's. Arms that differ
+    in k only share acceptance and costs. Raises InputError where the study is too small to fit
+    costs to, or has no arm whose acceptance is known.
     """
     design = study.design
     tables = _tables(study)
-    traffic, cached = _traffic(study, tables)
-    arms = [a for a in design.arms[1:] if a.name in tables and _static(a)]
-    if not arms or design.arms[0].name not in tables:
+    baseline = design.arms[0]
+    families, left_out = _families(design, tables)
+    if not families or baseline.name not in tables:
         raise InputError(
             f"Study {design.name} has no finished trials of a baseline and an arm with a static k.",
-            "Measure them first: `specwise measure --resume STUDY`.",
+            " ".join((*left_out, "Measure them: `specwise measure --resume STUDY`.")),
         )
-    fits = _fits(study, arms, tables)
+    traffic = _traffic(study, tables)
     workload = design.workload(design.production_workload)
     segments = [name for name, _ in workload.shares]
-    acceptance = {a.name: _acceptance(study, a, tables[a.name], segments) for a in arms}
+    accepted: dict[str, tuple[dict[str, Prior], Prior]] = {}
+    for family in families:
+        try:
+            accepted[family.name] = _acceptance(design.name, family, tables, segments)
+        except InputError as error:
+            left_out.append(error.what)
+            reason = error
+    families = [family for family in families if family.name in accepted]
+    if not families:
+        raise reason
+    limits = _Limits(study, tables, max(sum(size) for t in traffic.values() for size in t.sizes))
+    fits = _fits(study, families, tables, limits)
     candidates: list[Candidate] = []
-    sim_arms: dict[str, SimArm] = {}
-    costs: dict[str, StepCosts] = {}
-    kv_tokens, seats = _limits(tables)
-    for arm in arms:
-        speculation = arm.speculation
-        assert speculation is not None  # noqa: S101 - candidates have one
-        fit = fits[speculation.method]
-        by_segment, whole = acceptance[arm.name]
-        for k in dict.fromkeys((speculation.k, *ks)):
-            name = arm.name if k == speculation.k else f"{arm.name}, k={k}"
-            spoken = replace(speculation, k=k)
-            candidates.append(Candidate(name, spoken, whole))
-            costs[name] = fit.candidate
-            sim_arms[name] = SimArm(
-                costs=fit.candidate,
-                config=_config(spoken, kv_tokens, seats),
-                acceptance={s: p.given_drafted(k) for s, p in by_segment.items()},
+    sim_arms = {baseline.name: SimArm(_first(fits).baseline, limits.of(baseline, None))}
+    for family in families:
+        by_segment, whole = accepted[family.name]
+        for arm in family.asked(ks):
+            spoken = _spoken(arm)
+            candidates.append(Candidate(arm.name, spoken, whole))
+            sim_arms[arm.name] = SimArm(
+                costs=fits[family.name].candidate,
+                config=limits.of(family.nearest(spoken.k), spoken),
+                acceptance={s: p.given_drafted(spoken.k) for s, p in by_segment.items()},
                 draft_probability={s: p.drafted_share for s, p in by_segment.items()},
             )
-    first = next(iter(fits.values()))
-    costs["baseline"] = first.baseline
-    baseline = design.arms[0]
-    sim_arms[baseline.name] = SimArm(first.baseline, _config(None, kv_tokens, seats))
     asked = tuple(sorted(loads)) or _default_loads(study)
     at = production or (design.production_load if design.production_load in asked else asked[-1])
     planned = (baseline, *(Arm(c.name, c.speculation, url="predicted") for c in candidates))
@@ -163,15 +178,16 @@ def extrapolate(
             experiment="",
         ),
         arms=sim_arms,
-        traffic={name: Traffic(sizes, cached[name]) for name, sizes in traffic.items()},
-        arrivals=poisson_arrivals,
+        traffic=traffic,
+        arrivals=_arrivals,
         provenance={"study": design.name, "costs": "fitted to the study's own steps"},
     )
     shares = dict(workload.shares)
     means = [
-        sum(shares[s] * statistics.fmean(size[i] for size in traffic[s]) for s in segments)
+        sum(shares[s] * statistics.fmean(size[i] for size in traffic[s].sizes) for s in segments)
         for i in (0, 1)
     ]
+    beyond = _beyond(predicted, candidates, max(_decoded(fit) for fit in fits.values()))
     return Extrapolation(
         name=design.name,
         machine="its own servers",
@@ -181,20 +197,76 @@ def extrapolate(
         production=at,
         candidates=tuple(candidates),
         slo=slo or design.slo,
-        costs=costs,
+        costs={"baseline": sim_arms[baseline.name].costs}
+        | {c.name: sim_arms[c.name].costs for c in candidates},
         notes=(
-            *(_fit_note(method, fit, study) for method, fit in fits.items()),
-            f"KV cache: {kv_tokens:,} tokens, from its use in the study."
-            if kv_tokens
-            else "KV cache: taken as never full, since the study never used much of it.",
-            *([f"At most {seats} requests run at once, as in the study."] if seats else ()),
+            *(_fit_note(name, fit) for name, fit in fits.items()),
+            *limits.notes(),
+            *([_POISSON] if any(load.trace for load in asked) else ()),
+            *([beyond] if beyond else ()),
+            *left_out,
         ),
         predicted=predicted,
     )
 
 
-def _static(arm: Arm) -> bool:
-    return arm.speculation is not None and not arm.speculation.schedule
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Arms that differ in k only."""
+
+    arms: tuple[Arm, ...]
+
+    @property
+    def name(self) -> str:
+        if len(self.arms) == 1:
+            return self.arms[0].name
+        first, last = min(self.arms, key=_name), max(self.arms, key=_name)
+        pairs = zip(first.name, last.name, strict=False)
+        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return re.sub(r"[\W_]*k?[\W_]*$", "", shared) or self.arms[0].name
+
+    @property
+    def method(self) -> str:
+        return _spoken(self.arms[0]).method
+
+    def asked(self, ks: Sequence[int]) -> Iterator[Arm]:
+        """Its arms, then one for each further k."""
+        yield from self.arms
+        known = {_spoken(arm).k for arm in self.arms}
+        for k in dict.fromkeys(k for k in ks if k not in known):
+            yield Arm(f"{self.name}, k={k}", replace(_spoken(self.arms[0]), k=k))
+
+    def nearest(self, k: int) -> Arm:
+        return min(self.arms, key=lambda arm: abs(_spoken(arm).k - k))
+
+
+def _name(arm: Arm) -> str:
+    return arm.name
+
+
+def _spoken(arm: Arm) -> Speculation:
+    assert arm.speculation is not None  # noqa: S101 - baselines are not asked
+    return arm.speculation
+
+
+def _families(
+    design: StudyDesign, tables: Mapping[str, Sequence[TrialTable]]
+) -> tuple[list[_Family], list[str]]:
+    """(arms that can be extrapolated, by what they share; why others are left out)."""
+    held: dict[tuple[str, str | None, str], list[Arm]] = {}
+    left_out = []
+    for arm in design.arms[1:]:
+        spoken = arm.speculation
+        if spoken is None:
+            left_out.append(f"{arm.name} is left out: it does not speculate.")
+        elif spoken.schedule:
+            left_out.append(f"{arm.name} is left out: its k follows the batch size.")
+        elif arm.name not in tables:
+            left_out.append(f"{arm.name} is left out: it has no finished trial.")
+        else:
+            options = repr(sorted(spoken.options.items()))
+            held.setdefault((spoken.method, spoken.draft, options), []).append(arm)
+    return [_Family(tuple(arms)) for arms in held.values()], left_out
 
 
 def _tables(study: StudyData) -> dict[str, list[TrialTable]]:
@@ -210,198 +282,86 @@ def _default_loads(study: StudyData) -> tuple[LoadPoint, ...]:
     return tuple(sorted({*own, *(replace(at, value=at.value * times) for times in (2, 4))}))
 
 
-def _fit_note(method: str, fit: Fit, study: StudyData) -> str:
+def _arrivals(trial: Trial, rng: np.random.Generator) -> Sequence[float]:
+    load = trial.load
+    if load.arrivals not in ("constant", "gamma"):
+        return poisson_arrivals(trial, rng)
+    return intended_times(
+        load.arrivals, load.value, trial.requests, rng, burstiness=load.burstiness
+    )
+
+
+def _first(fits: Mapping[str, Fit]) -> Fit:
+    return next(iter(fits.values()))
+
+
+def _decoded(fit: Fit) -> float:
+    """The most tokens of a step that was observed with requests decoding."""
+    return max(step.tokens for step in fit.observed if not step.prefill)
+
+
+def _fit_note(name: str, fit: Fit) -> str:
     largest = max(step.tokens for step in fit.observed)
+    words = (
+        f"Step costs with {name}: fitted to {len(fit.observed)} kinds of steps of the study, up to "
+        f"{largest:,.0f} tokens a step; median error {fit.median_error:.1%}."
+    )
+    if fit.median_error > _NOISY:
+        words += " Its steps of one size took different times: measure again on a quiet machine."
+    return words
+
+
+def _beyond(predicted: StudyData, candidates: Sequence[Candidate], decoded: float) -> str:
+    """Where steps are larger than any that the study saw; empty if nowhere."""
+    per_request = {c.name: 1 + c.speculation.k * c.acceptance.drafted_share for c in candidates}
+    found: dict[str, dict[str, float]] = {}
+    for measured in predicted.trials:
+        running = [g.running for part in measured.parts for g in part.gauges if g.running]
+        if running:
+            trial = measured.trial
+            tokens = statistics.fmean(running) * per_request.get(trial.arm, 1)
+            if tokens > 1.25 * decoded:
+                found.setdefault(trial.arm, {})[trial.load.label] = tokens
+    if not found:
+        return ""
+    places = "; ".join(f"{arm} at {', '.join(loads)}" for arm, loads in found.items())
     return (
-        f"Step costs with {method}: fitted to {len(fit.observed)} kinds of steps of "
-        f"{study.design.name}, up to {largest:,.0f} tokens a step; median error "
-        f"{fit.median_error:.1%}."
+        f"Larger steps than the study had ({decoded:,.0f} tokens while decoding): {places}. "
+        "Costs are drawn on there."
     )
 
 
 # ---------------------------------------------------------------------------------------------
-# Steps
+# Costs
 
 
 def _fits(
-    study: StudyData, arms: Sequence[Arm], tables: Mapping[str, Sequence[TrialTable]]
+    study: StudyData,
+    families: Sequence[_Family],
+    tables: Mapping[str, Sequence[TrialTable]],
+    limits: _Limits,
 ) -> dict[str, Fit]:
-    """A fit for each method, all with one target: verifying costs the same whatever drafted."""
-    plain = [s for t in tables[study.design.arms[0].name] for s in observed_steps(t, None)]
-    steps: dict[str, list[ObservedStep]] = {}
-    for arm in arms:
-        if arm.speculation:
-            own = steps.setdefault(arm.speculation.method, [])
-            own += [s for t in tables[arm.name] for s in observed_steps(t, arm.speculation)]
-    return fit_methods(plain, steps, about={"study": study.design.name})
+    """A fit for each family, all with one target: verifying costs the same whatever drafted."""
+    baseline = study.design.arms[0]
 
+    def steps(arm: Arm) -> list[ObservedStep]:
+        longest = min(limits.batched_tokens(arm), LONGEST_PROMPT)
+        return steps_of(tables[arm.name], arm.speculation, longest)
 
-def observed_steps(table: TrialTable, speculation: Speculation | None) -> tuple[ObservedStep, ...]:
-    """Steps of one trial, alike ones together: decoding alone, with prompts, and prompts alone.
-
-    A step that ends at time b began where the request's chunk before came, at a. It decoded the
-    requests that had their first token by a and their last at b or later, and computed the prompts
-    of those whose first token came with b. Half a step or less between chunks of one step is the
-    client's clock. ``speculation`` is None for a baseline.
-    """
-    k = speculation.k if speculation else None
-    found: list[ObservedStep] = []
-    for part in dict.fromkeys(r.part for r in table.records):
-        records = [r for r in table.records if r.part == part and r.first_token_s is not None]
-        if records:
-            drafted = 0.0
-            if speculation:
-                share = _drafted_share(records) if speculation.method in _LOOKUPS else 1.0
-                drafted = speculation.k * share
-            found += _decoding(records, drafted, k)
-            found += _alone(records, k)
-    return tuple(found)
-
-
-def _decoding(
-    records: Sequence[RequestRecord], drafted: float, k: int | None
-) -> list[ObservedStep]:
-    times = [token_arrivals(r)[0] for r in records]
-    first, last = (np.array([t[i] for t in times]) for i in (0, -1))
-    # A request's last step may have been cut short in what it shows: it is left out.
-    begins = np.concatenate([t[:-2] for t in times])
-    ends = np.concatenate([t[1:-1] for t in times])
-    whole = ends > begins
-    begins, ends = begins[whole], ends[whole]
-    slack = 0.3 * (ends - begins)
-    order = np.argsort(first)
-    prompts = np.concatenate(([0.0], np.cumsum([_computed(records[i]) for i in order])))
-    before = np.searchsorted(first[order], begins + slack, side="right")
-    after = np.searchsorted(first[order], ends + slack, side="right")
-    gone = np.searchsorted(np.sort(last), ends - slack, side="left")
-    running = np.maximum(before - gone, 1).astype(float)
-    added, joined = prompts[after] - prompts[before], (after - before).astype(float)
-    seconds = ends - begins
-    each = statistics.fmean((r.prompt_tokens or 0) + (r.output_tokens or 0) / 2 for r in records)
-
-    def step(chosen: NDArray[np.bool_], *, middle: float) -> ObservedStep:
-        decoding, prompt = float(running[chosen].mean()), float(added[chosen].mean())
-        return ObservedStep(
-            tokens=decoding * (1 + drafted) + prompt,
-            context_tokens=decoding * each + prompt,
-            requests=decoding + float(joined[chosen].mean()),
-            k=k,
-            seconds=middle,
-            steps=max(round(float((1 / running[chosen]).sum())), 1),
-        )
-
-    found = []
-    for count in np.unique(running[joined == 0]):
-        alike = (joined == 0) & (running == count)
-        if alike.sum() >= _FEWEST_STEPS * count:
-            found.append(step(alike, middle=float(np.median(seconds[alike]))))
-    mixed = (joined > 0) & (added <= _LONGEST_PROMPT)
-    tokens = running * (1 + drafted) + added
-    for chosen in _quarters(tokens, mixed, weights=1 / running):
-        found.append(step(chosen, middle=float(seconds[chosen].mean())))
-    return found
-
-
-def _quarters(
-    values: Floats, among: NDArray[np.bool_], *, weights: Floats
-) -> Iterable[NDArray[np.bool_]]:
-    """``among`` in up to four groups by size of ``values``; none of fewer than a few steps."""
-    if weights[among].sum() < _FEWEST_STEPS:
-        return
-    groups = min(4, int(weights[among].sum() // _FEWEST_STEPS))
-    edges = np.quantile(values[among], np.linspace(0, 1, groups + 1))
-    place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, groups - 1)
-    for group in range(groups):
-        chosen = among & (place == group)
-        if weights[chosen].sum() >= _FEWEST_STEPS - 1:
-            yield chosen
-
-
-def _alone(records: Sequence[RequestRecord], k: int | None) -> list[ObservedStep]:
-    """First steps of requests that had the server to themselves, in up to four sizes."""
-    held = sorted(records, key=lambda r: r.sent_s)
-    tokens, seconds = [], []
-    busy_until = -math.inf
-    for index, record in enumerate(held):
-        first = record.first_token_s
-        following = held[index + 1].sent_s if index + 1 < len(held) else math.inf
-        computed = _computed(record)
-        if (
-            first is not None
-            and busy_until <= record.sent_s
-            and following >= first
-            and 0 < computed <= _LONGEST_PROMPT
-        ):
-            tokens.append(computed)
-            seconds.append(first - record.sent_s)
-        busy_until = max(busy_until, record.finished_s)
-    sizes, took = np.array(tokens), np.array(seconds)
-    found = []
-    every = np.ones(len(sizes), dtype=np.bool_)
-    for chosen in _quarters(sizes, every, weights=np.ones(len(sizes))):
-        found.append(
-            ObservedStep(
-                tokens=float(sizes[chosen].mean()),
-                context_tokens=float(sizes[chosen].mean()),
-                requests=1,
-                k=k,
-                seconds=float(np.median(took[chosen])),
-                steps=int(chosen.sum()),
-                prefill=True,
-            )
-        )
-    return found
-
-
-def _computed(record: RequestRecord) -> float:
-    """Prompt tokens that were not in the prefix cache."""
-    return max((record.prompt_tokens or 0) - (record.cached_tokens or 0), 0)
+    return fit_methods(
+        steps(baseline),
+        {family.name: [s for arm in family.arms for s in steps(arm)] for family in families},
+        about={"study": study.design.name},
+        methods={family.name: family.method for family in families},
+        context_slope=context_slope(gaps_of(tables[baseline.name], None)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # Acceptance, traffic, limits
 
 
-def _drafted_share(records: Iterable[RequestRecord]) -> float:
-    """Share of decoding steps that had drafts, where the server says; else 1."""
-    steps = chunks = 0
-    for record in records:
-        if record.acceptance and record.acceptance.source is AcceptanceSource.PER_REQUEST:
-            steps += record.acceptance.steps
-            chunks += max(len(token_arrivals(record)[0]) - 1, 0)
-    return min(steps / chunks, 1.0) if steps and chunks else 1.0
-
-
-def _acceptance(
-    study: StudyData, arm: Arm, tables: Sequence[TrialTable], segments: Sequence[str]
-) -> tuple[dict[str, Prior], Prior]:
-    """(by segment, of the production workload), over all loads: load does not change acceptance."""
-    speculation = arm.speculation
-    assert speculation is not None  # noqa: S101 - candidates have one
-    source = f"measured in {study.design.name}"
-    records = [r for t in tables for r in t.records if r.outcome is Outcome.OK]
-    found = {}
-    for segment in segments:
-        own = [r for r in records if r.segment == segment]
-        counts = _counted(own) or counted_by_server(
-            [t for t in tables if t.trial.workload == segment] or list(tables)
-        )
-        if counts is None:
-            raise InputError(
-                f"Arm {arm.name} of {study.design.name} has no acceptance for {segment}.",
-                "Measure it with per-request metrics, or leave --from and give --acceptance.",
-            )
-        share = _drafted_share(own) if speculation.method in _LOOKUPS else 1.0
-        found[segment] = _prior(counts, share, speculation.k, source)
-    mixed = [r for r in records if r.segment in segments]
-    whole = _counted(mixed)
-    if whole is None:
-        return found, next(iter(found.values()))
-    share = _drafted_share(mixed) if speculation.method in _LOOKUPS else 1.0
-    return found, _prior(whole, share, speculation.k, source)
-
-
-def _counted(records: Sequence[RequestRecord]) -> AcceptanceCounts | None:
+def counted_acceptance(records: Sequence[RequestRecord]) -> AcceptanceCounts | None:
     """The requests' own figures, the server's before those estimated from chunks."""
     held = [r.acceptance for r in records if r.acceptance is not None and r.acceptance.steps]
     for source in (AcceptanceSource.PER_REQUEST, AcceptanceSource.CHUNKS):
@@ -411,64 +371,184 @@ def _counted(records: Sequence[RequestRecord]) -> AcceptanceCounts | None:
     return None
 
 
-def _prior(counts: AcceptanceCounts, share: float, k: int, source: str) -> Prior:
-    padded = merge([counts], k) or counts
-    conditional = conditional_acceptance(unconditional_acceptance(padded.steps_by_accepted))[:k]
-    known = [0.0 if math.isnan(a) else a for a in conditional]
-    return Prior((share * known[0], *known[1:]), share, source)
+def pooled_conditional(counted: Sequence[tuple[int, AcceptanceCounts]]) -> tuple[float, ...]:
+    """Conditional acceptance by position from several (k, counts) of one draft.
+
+    Position i is asked of those that draft so far: elsewhere an accepted run ends with the draft.
+    Few steps reach far positions and would say 0 or 1 there, so each is drawn towards the one
+    before it with the weight of a few steps.
+    """
+    found: list[float] = []
+    for position in range(1, max(k for k, _ in counted) + 1):
+        tails = [counts.steps_by_accepted for k, counts in counted if k >= position]
+        tried = sum(sum(steps[position - 1 :]) for steps in tails)
+        taken = sum(sum(steps[position:]) for steps in tails)
+        before = found[-1] if found else 0.5
+        found.append((taken + _PRIOR_STEPS * before) / (tried + _PRIOR_STEPS))
+    return tuple(found)
 
 
-def _traffic(
-    study: StudyData, tables: Mapping[str, Sequence[TrialTable]]
-) -> tuple[dict[str, tuple[tuple[int, int], ...]], dict[str, int]]:
-    """(sizes, cached prompt tokens) by segment of the production workload, from all arms."""
+def _acceptance(
+    study: str,
+    family: _Family,
+    tables: Mapping[str, Sequence[TrialTable]],
+    segments: Sequence[str],
+) -> tuple[dict[str, Prior], Prior]:
+    """(by segment, of the production workload), over all loads and k: neither changes it."""
+    source = f"measured in {study}"
+
+    def prior(segment: str | None) -> Prior | None:
+        counted: list[tuple[int, AcceptanceCounts]] = []
+        shares: list[tuple[float, int]] = []
+        for arm in family.arms:
+            own = [t for t in tables[arm.name] if segment in (None, t.trial.workload)]
+            records = [
+                r
+                for t in tables[arm.name]
+                for r in t.records
+                if r.outcome is Outcome.OK and r.segment in ([segment] if segment else segments)
+            ]
+            counts = counted_acceptance(records)
+            share = drafted_share(records)
+            if counts is None or counts.source is AcceptanceSource.CHUNKS:
+                by_server = counted_by_server(own)
+                if by_server is not None:
+                    counts = by_server
+                    chunks = sum(decoding_chunks(r) for t in own for r in t.records)
+                    share = min(counts.steps / chunks, 1.0) if chunks else 1.0
+            if counts is not None:
+                counted.append((_spoken(arm).k, counts))
+                shares.append((share, counts.steps))
+        if not counted:
+            return None
+        share = 1.0
+        if family.method in LOOKUPS:
+            share = sum(s * n for s, n in shares) / sum(n for _, n in shares)
+        first, *rest = pooled_conditional(counted)
+        return Prior((share * first, *rest), share, source)
+
+    whole = prior(None)
+    found = {segment: prior(segment) or whole for segment in segments}
+    known = {segment: held for segment, held in found.items() if held is not None}
+    if whole is None or len(known) < len(segments):
+        raise InputError(
+            f"{family.name} is left out: it has no acceptance.",
+            "Measure it with per-request metrics, or leave --from and give --acceptance.",
+        )
+    return known, whole
+
+
+def _traffic(study: StudyData, tables: Mapping[str, Sequence[TrialTable]]) -> dict[str, Traffic]:
+    """What the production workload's segments send, from the requests of all arms."""
     sizes: dict[str, list[tuple[int, int]]] = {}
     cached: dict[str, list[int]] = {}
-    for held in tables.values():
-        for record in (r for table in held for r in table.records if r.outcome is Outcome.OK):
-            if record.prompt_tokens and record.output_tokens:
-                size = (record.prompt_tokens, record.output_tokens)
-                sizes.setdefault(record.segment, []).append(size)
-                cached.setdefault(record.segment, []).append(record.cached_tokens or 0)
+    for record in (r for held in tables.values() for table in held for r in table.records):
+        if record.outcome is Outcome.OK and record.prompt_tokens and record.output_tokens:
+            size = (record.prompt_tokens, record.output_tokens)
+            sizes.setdefault(record.segment, []).append(size)
+            cached.setdefault(record.segment, []).append(record.cached_tokens or 0)
+    found = {}
     for name, _ in study.design.workload(study.design.production_workload).shares:
         if name not in sizes:
             raise InputError(
                 f"Study {study.design.name} has no finished request of segment {name}.",
-                "Measure the production workload first.",
+                "Measure the production workload: `specwise measure --resume STUDY`.",
             )
-    return (
-        {name: tuple(held) for name, held in sizes.items()},
-        {
-            name: min(int(statistics.fmean(held)), min(p for p, _ in sizes[name]) - 1)
-            for name, held in cached.items()
-        },
-    )
+        shortest = min(prompt for prompt, _ in sizes[name])
+        hits = min(int(statistics.fmean(cached[name])), shortest - 1)
+        found[name] = Traffic(tuple(sizes[name]), hits)
+    return found
 
 
-def _limits(tables: Mapping[str, Sequence[TrialTable]]) -> tuple[int | None, int | None]:
-    """(KV tokens, most requests at once) as far as the study's gauges show them; None: not seen."""
-    pools, seats = [], []
-    for table in (t for held in tables.values() for t in held):
-        lengths = [(r.prompt_tokens or 0) + (r.output_tokens or 0) / 2 for r in table.records]
-        gauges = [g for part in table.parts for g in part.gauges]
-        pools += [
-            g.running * statistics.fmean(lengths) / g.kv_use
-            for g in gauges
-            if g.running and g.kv_use and g.kv_use >= 0.05
-        ]
-        queued = [g for g in gauges if g.running and (g.waiting or 0) >= 1]
-        if len(queued) > len(gauges) / 2 and all((g.kv_use or 0) < _FULL_KV for g in queued):
-            seats.append(round(max(g.running or 0 for g in queued)))
-    return (int(statistics.median(pools)) if pools else None), (max(seats) if seats else None)
+class _Limits:
+    """Each server's limits: from its command line, else from the study's gauges."""
+
+    def __init__(
+        self, study: StudyData, tables: Mapping[str, Sequence[TrialTable]], largest_request: int
+    ) -> None:
+        self._commands = {arm.name: _command(study, arm) for arm in study.design.arms}
+        self._pools = {
+            name: statistics.median(pools)
+            for name, held in tables.items()
+            if (pools := [p for table in held for p in _pools(table)])
+        }
+        seats = [s for held in tables.values() for table in held if (s := _seats(table))]
+        self._seats = max(seats) if seats else None
+        self._smallest_pool = largest_request + 128
+
+    def _flag(self, arm: Arm, name: str) -> int | None:
+        command = self._commands.get(arm.name)
+        return whole_number(command.get(name)) if command else None
+
+    def batched_tokens(self, arm: Arm) -> int:
+        """--max-num-batched-tokens; vLLM's default by size where it is not given."""
+        return (
+            self._flag(arm, "--max-num-batched-tokens") or SchedulerConfig().max_num_batched_tokens
+        )
+
+    def _seats_of(self, arm: Arm) -> int:
+        return self._flag(arm, "--max-num-seqs") or self._seats or SchedulerConfig().max_num_seqs
+
+    def of(self, arm: Arm, speculation: Speculation | None) -> SchedulerConfig:
+        """What ``arm`` can serve at once; ``speculation`` may be another than its own."""
+        pool = self._pools.get(arm.name) or max(self._pools.values(), default=None)
+        seats = self._seats_of(arm)
+        spare = 2 * seats if speculation else seats
+        return SchedulerConfig(
+            max_num_batched_tokens=max(self.batched_tokens(arm), spare),
+            max_num_seqs=seats,
+            kv_tokens=max(int(pool), self._smallest_pool) if pool else None,
+            max_model_len=self._flag(arm, "--max-model-len"),
+            method=speculation.method if speculation else None,
+            k=speculation.k if speculation else 0,
+            async_scheduling=speculation is None or speculation.method not in LOOKUPS,
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What was taken, and from where."""
+        if self._pools:
+            low, high = (int(f(self._pools.values())) for f in (min, max))
+            tokens = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            yield f"KV cache: {tokens} tokens, from its use in the study."
+        else:
+            yield "KV cache: taken as never full, since the study hardly used it."
+        arms = [name for name, command in self._commands.items() if command]
+        given = {self._flag(Arm(name), "--max-num-seqs") for name in arms} - {None}
+        if given:
+            yield f"At most {max(n for n in given if n)} requests run at once, as the servers say."
+        elif self._seats:
+            yield f"At most {self._seats} requests run at once, as in the study."
 
 
-def _config(
-    speculation: Speculation | None, kv_tokens: int | None, seats: int | None
-) -> SchedulerConfig:
-    return SchedulerConfig(
-        kv_tokens=kv_tokens,
-        max_num_seqs=seats or SchedulerConfig().max_num_seqs,
-        method=speculation.method if speculation else None,
-        k=speculation.k if speculation else 0,
-        async_scheduling=speculation is None or speculation.method not in _LOOKUPS,
-    )
+def _command(study: StudyData, arm: Arm) -> ServeCommand | None:
+    described = study.provenance.get("arms", {}).get(arm.name, {})
+    words = described.get("command") or (arm.deployment.arguments if arm.deployment else ())
+    try:
+        return read_words([str(word) for word in words]) if words else None
+    except CommandError:
+        return None
+
+
+def _pools(table: TrialTable) -> Iterator[float]:
+    """KV tokens of the server, at each moment that its cache was in use."""
+    lengths = [(r.prompt_tokens or 0) + (r.output_tokens or 0) / 2 for r in table.records]
+    for gauge in (g for part in table.parts for g in part.gauges):
+        if gauge.running and gauge.kv_use and gauge.kv_use >= _KV_IN_USE:
+            yield gauge.running * statistics.fmean(lengths) / gauge.kv_use
+
+
+def _seats(table: TrialTable) -> int | None:
+    """How many requests ran while more waited nearly always; None if that is no limit of seats."""
+    gauges = [g for part in table.parts for g in part.gauges]
+    queued = [g for g in gauges if g.running and (g.waiting or 0) >= 1]
+    most = round(max((g.running or 0 for g in queued), default=0))
+    full = [g for g in queued if round(g.running or 0) == most]
+    load = table.trial.load
+    if (
+        not queued
+        or len(full) <= 0.8 * len(gauges)
+        or (load.loop is Loop.CLOSED and most >= load.value - 1)
+        or any((g.kv_use or 0) >= _FULL_KV for g in queued)
+    ):
+        return None
+    return most

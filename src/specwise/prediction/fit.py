@@ -28,7 +28,8 @@ from specwise.errors import InputError, StoreError
 from specwise.prediction.costs import StepShape
 
 SCHEMA_VERSION = 1
-KNOTS = (4, 16, 64)
+KNOTS = (4, 16, 64, 256)
+_STEP_NOISE = 0.02  # relative; weighs a slope that was found apart against the steps
 _NEXT = "Make one with `specwise calibrate --out FILE`."
 
 
@@ -130,28 +131,44 @@ def fit_methods(
     by_method: Mapping[str, Sequence[ObservedStep]],
     *,
     about: Mapping[str, Any],
+    methods: Mapping[str, str] | None = None,
+    context_slope: tuple[float, float] | None = None,
 ) -> dict[str, Fit]:
     """The coefficients that fit the baseline's ``plain`` steps and every method's best, together.
 
     The target's T is shared by all: a verify step is a step over more tokens. Each method has a p
-    and a d of its own. Raises InputError where there are too few different shapes.
+    and a d of its own; ``methods`` has the method of a name in ``by_method`` that is not one
+    itself, such as a second draft model's. ``context_slope`` is (c, its standard error) where it
+    was found apart, from steps of one batch size: over steps of several, more requests and more
+    cache look the same.
+    Raises InputError where there are too few different shapes.
     """
     if len({o.tokens for o in plain}) < 3 or not all(by_method.values()):
         raise InputError(
             "Too few different steps were observed to fit costs.",
             "Measure at three concurrencies or more, with and without speculation.",
         )
-    methods = list(by_method)
+    names = list(by_method)
+    methods = {name: name for name in names} | dict(methods or {})
     groups = [plain, *by_method.values()]
     seconds = np.array([o.seconds for group in groups for o in group])
     rows = np.array([_target_basis(o) for group in groups for o in group])
-    drafting = np.zeros((len(rows), 2 * len(methods)))
+    drafting = np.zeros((len(rows), 2 * len(names)))
     begins = np.cumsum([0, *(len(group) for group in groups)])
-    for place, method in enumerate(methods):
-        own = [_draft_basis(o, method) for o in by_method[method]]
+    for place, name in enumerate(names):
+        own = [_draft_basis(o, methods[name]) for o in by_method[name]]
         drafting[begins[place + 1] : begins[place + 2], 2 * place : 2 * place + 2] = own
     rows = np.hstack([rows, drafting])
-    coefficients, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
+    weighted, ones = rows / seconds[:, None], np.ones(len(seconds))
+    if context_slope is not None:
+        slope, error = context_slope
+        row = np.zeros(rows.shape[1])
+        row[_CONTEXT] = _STEP_NOISE / error
+        weighted, ones = (
+            np.vstack([weighted, row]),
+            np.append(ones, max(slope, 0.0) * row[_CONTEXT]),
+        )
+    coefficients, _ = nnls(weighted, ones)
     residuals = rows @ coefficients / seconds - 1
     count = len(KNOTS)
     base, token, context = (float(c) for c in coefficients[:3])
@@ -159,18 +176,23 @@ def fit_methods(
     below = tuple(float(c) for c in coefficients[3 + count : 3 + 2 * count])
     baseline = FittedCosts(base, token, above, below, context)
     found = {}
-    for place, method in enumerate(methods):
+    for place, name in enumerate(names):
         at = 3 + 2 * count + 2 * place
         pass_s, draft_token_s = (float(c) for c in coefficients[at : at + 2])
         own_residuals = residuals[begins[place + 1] : begins[place + 2]]
-        found[method] = Fit(
+        found[name] = Fit(
             baseline=baseline,
-            candidate=replace(baseline, pass_s=pass_s, draft_token_s=draft_token_s, method=method),
-            observed=(*plain, *by_method[method]),
+            candidate=replace(
+                baseline, pass_s=pass_s, draft_token_s=draft_token_s, method=methods[name]
+            ),
+            observed=(*plain, *by_method[name]),
             residuals=tuple(float(r) for r in (*residuals[: begins[1]], *own_residuals)),
             about=about,
         )
     return found
+
+
+_CONTEXT = 2  # the place of c in `_target_basis`
 
 
 def _target_basis(step: ObservedStep) -> list[float]:
@@ -228,10 +250,13 @@ def read_fit(path: Path) -> Fit:
 
 
 def _costs(held: Mapping[str, Any]) -> FittedCosts:
-    tuples = {name: tuple(float(v) for v in held[name]) for name in ("above_s", "below_s")}
+    # A file of fewer knots is of the same form: what it lacks is 0.
+    knots = {name: [float(v) for v in held[name]] for name in ("above_s", "below_s")}
+    tuples = {name: (*v, *[0.0] * (len(KNOTS) - len(v))) for name, v in knots.items()}
     costs = FittedCosts(**{**held, **tuples})
     numbers = (costs.base_s, costs.token_s, costs.pass_s, *costs.above_s, *costs.below_s)
-    if not all(math.isfinite(n) and n >= 0 for n in numbers) or len(costs.above_s) != len(KNOTS):
+    lengths = {len(costs.above_s), len(costs.below_s)}
+    if not all(math.isfinite(n) and n >= 0 for n in numbers) or lengths != {len(KNOTS)}:
         raise ValueError("coefficients are not finite non-negative numbers")
     return costs
 
