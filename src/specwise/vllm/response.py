@@ -278,14 +278,18 @@ class StreamReader:
             counts.append(rest)
         if not texts:
             return 0
+        all_texts = b'["%b"]' % b'","'.join(texts)
+        numbers = b"".join(counts).replace(end, b",").split(between)
         try:
-            read_texts = orjson.loads(b'["%b"]' % b'","'.join(texts))
-            numbers = b"".join(counts).replace(between, b",").replace(end, b",")
-            read_counts = orjson.loads(b"[%b0]" % numbers)
+            read_texts = orjson.loads(all_texts)
+            read_counts = orjson.loads(b"[%b0]" % b",".join(numbers))
         except orjson.JSONDecodeError:
             read_texts = read_counts = []
         if (
-            len(read_texts) != len(texts)
+            # A backslash before a quote of ours could make two texts one.
+            b'\\","' in all_texts
+            or len(read_texts) != len(texts)
+            or len(numbers) != len(texts) + 1
             or set(map(type, read_texts)) != {str}
             or len(read_counts) != 2 * len(texts) + 1
             or set(map(type, read_counts)) != {int}
