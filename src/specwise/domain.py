@@ -408,6 +408,32 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """When a tuning has searched enough: ``tolerance`` is the share of goodput, averaged over the
+    loads, that its answer may lose (95 %); ``budget_s`` what it may take, None for any time."""
+
+    tolerance: float = 0.02
+    budget_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PickRecord:
+    """One trial that a tuning chose, in its journal, in the order in which they ended.
+
+    ``regret_bound`` is what choosing then and there could have lost, None where the chooser did not
+    say. ``seconds`` is what the trial took, ``start_s`` what starting its server took, where it had
+    to be started. A trial whose server failed stands there too, with what trying took.
+    """
+
+    trial_id: str
+    reason: str
+    regret_bound: float | None
+    started_server: bool
+    start_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StudyDesign:
     """Everything that was decided before the first request.
 
@@ -416,7 +442,8 @@ class StudyDesign:
     segment; ``servers_together`` keeps all servers that specwise starts in memory, the idle ones
     suspended, so that arms can alternate; ``keep_text`` stores the outputs because the user asked.
     ``experiment`` names what the design was made for ("temperature", "ladder", "mixed"): the report
-    has a page for it. Empty for a plain study.
+    has a page for it. Empty for a plain study; "tune" for the sweep of a tuning, whose ``trials``
+    are chosen from as it goes, until ``tune`` says that it is enough.
     """
 
     name: str
@@ -434,6 +461,7 @@ class StudyDesign:
     servers_together: bool = True
     keep_text: bool = False
     experiment: str = ""
+    tune: TuneSettings | None = None
 
     def arm(self, name: str) -> Arm:
         """The arm of that name; KeyError if there is none."""

@@ -126,7 +126,7 @@ def run(folder: StudyFolder, base: Path, *, quiet: bool = False) -> None:
 
         skip = trials_to_skip
     with interruptible() as stop:
-        conduct(folder, base=base, listener=_listener(quiet), stop=stop, skip=skip)
+        conduct(folder, base=base, listener=listener_of(quiet), stop=stop, skip=skip)
 
 
 @contextmanager
@@ -193,7 +193,8 @@ def _print_plan(design: StudyDesign) -> None:
     click.echo(f"{len(design.trials)} trials, {total} requests")
 
 
-def _listener(quiet: bool) -> Listener:
+def listener_of(quiet: bool) -> Listener:
+    """Progress on the terminal, a line a trial; nothing if ``quiet``."""
     if quiet:
         return Listener()
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from specwise.decision.findings import Findings, Place, listed
 from specwise.domain import LoadPoint, Loop, Speculation
-
-METHODS_WITH_SCHEDULE = ("draft_model", "ngram", "eagle", "eagle3", "mtp")
-"""Methods whose draft length may follow the batch size. vLLM 0.32 looks k up in the scheduler
-whatever the method (v1/core/sched/scheduler.py); draft_model and ngram were tried."""
+from specwise.vllm.flags import METHODS_WITH_SCHEDULE
 
 _LARGEST_BATCH = 1024
 
@@ -77,6 +78,101 @@ def propose(findings: Findings, arm: str) -> ScheduleProposal | None:
             first = last + 1
     rows.append((first, max(_LARGEST_BATCH, 2 * steps[-1][0], first), steps[-1][1]))
     return ScheduleProposal(arm, tuple(rows), _reason(steps), confirmed=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What each draft length of one way to speculate gives at each load.
+
+    ``gains[k][j]`` is log(goodput / the baseline's) with draft length k at ``batches[j]`` requests
+    (ascending); k = 0 is on but idle, whose price is a gain below 0. ``draws[k]`` are joint draws
+    of the same, draws x loads: how sure they are.
+    """
+
+    batches: tuple[int, ...]
+    gains: Mapping[int, Sequence[float]]
+    draws: Mapping[int, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A schedule and what it is expected to give: ``gain`` is the mean log gain over the loads.
+
+    ``lengths`` has the draft length at each load. ``monotone`` is False where the data refuse
+    lengths that never grow with the batch.
+    """
+
+    rows: tuple[tuple[int, int, int], ...]
+    lengths: tuple[int, ...]
+    gain: float
+    monotone: bool
+
+
+def compose(given: Lengths) -> Composed:
+    """The schedule with the largest gain summed over the loads, each load alike (req E4).
+
+    Lengths never grow with the batch, because k* does not (theory, and every published sweep),
+    unless the free choice is better with 97.5 %. Between two loads with different lengths the
+    change is put where the straight line between their measured differences, over log batch,
+    crosses zero. Raises ValueError without a load or a length.
+    """
+    if not given.batches or not given.gains:
+        raise ValueError("a schedule needs a load and a draft length")
+    lengths = sorted(given.gains)
+    free = tuple(
+        lengths[int(np.argmax([given.gains[k][j] for k in lengths]))]
+        for j in range(len(given.batches))
+    )
+    chosen = _never_growing(given)
+    monotone = True
+    if chosen != free:
+        better = sum(
+            given.draws[a][:, j] - given.draws[b][:, j]
+            for j, (a, b) in enumerate(zip(free, chosen, strict=True))
+        )
+        if np.quantile(better, 0.025) > 0:
+            chosen, monotone = free, False
+    gain = sum(given.gains[k][j] for j, k in enumerate(chosen)) / len(chosen)
+    return Composed(_rows(given, chosen), chosen, gain, monotone)
+
+
+def _never_growing(given: Lengths) -> tuple[int, ...]:
+    """The best non-increasing sequence, by dynamic programming from the largest batch."""
+    lengths = sorted(given.gains)
+    after = dict.fromkeys(lengths, (0.0, ()))
+    held: dict[int, tuple[float, tuple[int, ...]]] = dict(after)
+    for j in reversed(range(len(given.batches))):
+        best: tuple[float, tuple[int, ...]] | None = None
+        found = {}
+        for k in lengths:  # ascending: what follows may use any length up to k
+            total, rest = held[k]
+            here = (total + given.gains[k][j], (k, *rest))
+            best = here if best is None or here[0] > best[0] else best
+            found[k] = best
+        held = found
+    return held[lengths[-1]][1]
+
+
+def _rows(given: Lengths, chosen: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    rows: list[tuple[int, int, int]] = []
+    first = 1
+    for j, (k, following) in enumerate(pairwise(chosen)):
+        if k != following:
+            last = max(first, _change(given, j, k, following))
+            rows.append((first, last, k))
+            first = last + 1
+    rows.append((first, max(_LARGEST_BATCH, 2 * given.batches[-1], first), chosen[-1]))
+    return tuple(rows)
+
+
+def _change(given: Lengths, j: int, k: int, following: int) -> int:
+    """The last batch size that keeps ``k``, between load j and the next."""
+    here, there = given.batches[j], given.batches[j + 1]
+    ahead = given.gains[k][j] - given.gains[following][j]
+    behind = given.gains[following][j + 1] - given.gains[k][j + 1]
+    share = ahead / (ahead + behind) if ahead > 0 and behind > 0 else 0.0
+    crossing = math.exp(math.log(here) + share * (math.log(there) - math.log(here)))
+    return min(max(math.floor(crossing), here), there - 1)
 
 
 def losers(findings: Findings, arm: str, load: LoadPoint) -> tuple[Place, ...]:

@@ -20,10 +20,12 @@ from specwise.domain import (
     Slo,
     Speculation,
     StudyDesign,
+    TuneSettings,
     Workload,
 )
 from specwise.errors import StudyFileError
 from specwise.measurement.experiments import VersionOf, as_experiment
+from specwise.measurement.sweep import LENGTHS, SweepPlan, tuning_sweep
 from specwise.measurement.trials import order_trials
 
 STUDY_FILE_SCHEMA = 1
@@ -32,6 +34,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,3
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+DraftSampling = Literal["greedy", "probabilistic"]
 
 
 class _Table(BaseModel):
@@ -105,12 +108,21 @@ class _LoadTable(_Table):
     timeout_s: Positive = 120.0
 
 
+class _TuneTable(_Table):
+    k: Annotated[list[PositiveInt], Field(min_length=1)] = list(LENGTHS)
+    draft_sampling: Annotated[list[DraftSampling], Field(min_length=1)] | None = None
+    tolerance: Annotated[float, Field(gt=0, le=0.5)] = 0.02
+    budget_minutes: Positive | None = None
+    repeats: Annotated[int, Field(ge=1, le=40)] = 4
+    idle: bool = True
+
+
 class _StudyTable(_Table):
     schema_version: Annotated[int, Field(alias="schema")] = STUDY_FILE_SCHEMA
     name: Name
     seed: int = 0
     keep_text: bool = False
-    experiment: Literal["temperature", "ladder", "mixed"] | None = None
+    experiment: Literal["temperature", "ladder", "mixed", "tune"] | None = None
     temperatures: list[Temperature] = []
     slo: _SloTable = _SloTable()
     serve: _ServeTable = _ServeTable()
@@ -118,6 +130,7 @@ class _StudyTable(_Table):
     segment: list[_SegmentTable]
     workload: list[_WorkloadTable] = []
     load: _LoadTable
+    tune: _TuneTable | None = None
 
 
 def read_study_file(
@@ -154,7 +167,7 @@ def bundled_study(name: str) -> str:
     """The text of a study file that ships with specwise.
 
     ``example`` (the user's own servers), ``demo``, ``demo-quick``, and one for each experiment:
-    ``temperature``, ``ladder``, ``mixed`` (the embedded engine).
+    ``temperature``, ``ladder``, ``mixed`` (the embedded engine); ``tune`` for a tuning there.
     """
     folder = Path(__file__).resolve().parents[1] / "bundled" / "studies"
     return (folder / f"{name}.toml").read_text(encoding="utf-8")
@@ -191,7 +204,24 @@ def parse_study(
     wanted = tuple(temperatures) or tuple(table.temperatures)
     if not chosen and not wanted:
         return design
+    if chosen == "tune" and not wanted:
+        return _sweep(design, table.tune or _TuneTable(), version_of)
     return as_experiment(design, chosen, temperatures=wanted, version_of=version_of)
+
+
+def _sweep(design: StudyDesign, table: _TuneTable, version_of: VersionOf) -> StudyDesign:
+    minutes = table.budget_minutes
+    return tuning_sweep(
+        design,
+        SweepPlan(
+            lengths=tuple(table.k),
+            draft_sampling=None if table.draft_sampling is None else tuple(table.draft_sampling),
+            repeats=table.repeats,
+            idle=table.idle,
+        ),
+        TuneSettings(table.tolerance, None if minutes is None else 60 * minutes),
+        version_of=version_of,
+    )
 
 
 _NEXT = "docs/reference/study-file.md lists every key; `specwise measure --example` prints a file."

@@ -31,7 +31,10 @@ class Fleet:
     """Brings the right server up for each trial; a context manager that leaves nothing running.
 
     ``known`` is how each arm was served in earlier sittings; ``on_described`` gets
-    the same, up to date, whenever a server was looked at.
+    the same, up to date, whenever a server was looked at. At most ``most_servers`` are held in
+    memory: of those that specwise started, the one that served longest ago makes room, the
+    baseline's last. ``start_s`` is what starting each arm's server has taken so far, in seconds,
+    all its starts together and those that failed too.
     """
 
     def __init__(
@@ -42,14 +45,18 @@ class Fleet:
         log_path: Callable[[str], Path],
         on_described: Callable[[Mapping[str, Mapping[str, Any]]], None],
         note: Callable[[str], None],
+        most_servers: int | None = None,
     ) -> None:
         self._design = design
+        self._most_servers = most_servers
         self._described = {name: dict(values) for name, values in known.items()}
         self._on_described = on_described
         self._log_path = log_path
         self._note = note
         self._servers: dict[str, Server] = {}
         self._targets: dict[str, Target] = {}
+        self._launched_at: dict[str, float] = {}
+        self.start_s: dict[str, float] = {}
 
     def __enter__(self) -> Fleet:
         return self
@@ -92,7 +99,27 @@ class Fleet:
         if not known:  # launched by `start`, not waited for yet
             return self._introduce(arm, arm.deployment, server)
         server.resume()
+        self._servers[arm.name] = self._servers.pop(arm.name)  # the order is that of use
         return self._targets[arm.name]
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Arms whose server is up, suspended or not; the others must be started first."""
+        return frozenset(name for name in self._targets if self.alive(self._design.arm(name)))
+
+    def retire(self, name: str) -> None:
+        """Stop the server of an arm; nothing if specwise has none running for it."""
+        server = self._servers.pop(name, None)
+        if server is not None:
+            self._targets.pop(name, None)
+            self._note(f"stopping the server of arm {name}")
+            server.stop()
+
+    def _make_room(self) -> None:
+        baseline = self._design.arms[0].name
+        while self._most_servers is not None and len(self._servers) >= self._most_servers:
+            # In the order of use; the baseline only where nothing else is left.
+            self.retire(min(self._servers, key=lambda name: name == baseline))
 
     def _quieten(self, arm: Arm) -> None:
         """Suspend, or stop, every server that is up and not that of ``arm``."""
@@ -115,10 +142,12 @@ class Fleet:
 
     def _launch(self, arm: Arm, deployment: Deployment) -> Server:
         """Start the server of ``arm`` without waiting for it."""
+        self._launched_at[arm.name] = time.monotonic()
         self._targets.pop(arm.name, None)
         dead = self._servers.pop(arm.name, None)
         if dead is not None:
             dead.stop()  # its workers and its watchdog may have outlived it
+        self._make_room()
         self._note(f"starting the server of arm {arm.name} ({deployment.model})")
         server = Server.start(
             replace(
@@ -135,7 +164,11 @@ class Fleet:
     def _introduce(self, arm: Arm, deployment: Deployment, server: Server) -> Target:
         """Wait for a server that was launched, look at it, and remember where it is."""
         began = time.monotonic()
-        server.wait_ready()
+        try:
+            server.wait_ready()
+        finally:
+            took_s = time.monotonic() - self._launched_at[arm.name]
+            self.start_s[arm.name] = self.start_s.get(arm.name, 0.0) + took_s
         self._note(f"arm {arm.name} is up, waited {time.monotonic() - began:.0f} s")
         capabilities = probe(server.url, model=server.model)
         self._targets[arm.name] = Target(

@@ -9,6 +9,7 @@
         complete                  an empty file: the trial needs nothing more
         skipped                   instead: why the study decided not to run the trial
       logs/<arm>.log              output of servers that specwise started
+      picks.jsonl                 a tuning only: one PickRecord a line, why each trial was chosen
 
 A record reaches the operating system as soon as its request ends, so killing specwise loses the
 requests in flight and nothing else. A torn last line (power loss, full disk) is skipped on reading.
@@ -21,6 +22,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -30,11 +32,13 @@ from pydantic import TypeAdapter, ValidationError
 from specwise.domain import (
     MeasuredTrial,
     Outcome,
+    PickRecord,
     RequestRecord,
     StudyData,
     StudyDesign,
     Trial,
     TrialPart,
+    TuneSettings,
 )
 from specwise.errors import StoreError
 
@@ -44,6 +48,7 @@ _Line = TypeVar("_Line")
 
 _RECORD = TypeAdapter(RequestRecord)
 _PART = TypeAdapter(TrialPart)
+_PICK = TypeAdapter(PickRecord)
 _DESIGN = TypeAdapter(StudyDesign)
 
 
@@ -181,6 +186,30 @@ class StudyFolder:
     def is_over(self, trial: Trial) -> bool:
         """Whether nothing is left to do for the trial: it is complete, or was skipped."""
         return self.is_complete(trial) or bool(self.skipped(trial))
+
+    def unskip(self) -> None:
+        """Take back every decision not to run a trial: a tuning that was over goes on."""
+        for trial in self.design.trials:
+            (self.trial_folder(trial) / "skipped").unlink(missing_ok=True)
+
+    def change_settings(self, settings: TuneSettings | None) -> None:
+        """Go on with a tuning under other settings: what it skipped is open again."""
+        self.design = replace(self.design, tune=settings)
+        with _disk_errors(self.path):
+            self._write_manifest()
+            self.unskip()
+
+    def note_pick(self, pick: PickRecord) -> None:
+        """Add a line to the journal of a tuning."""
+        path = self.path / "picks.jsonl"
+        with _disk_errors(path):
+            _end_torn_line(path)
+            with path.open("ab", buffering=0) as file:
+                _write_all(file, orjson.dumps(pick) + b"\n")
+
+    def picks(self) -> tuple[PickRecord, ...]:
+        """The journal of a tuning, in order; empty for any other study."""
+        return tuple(_read_lines(self.path / "picks.jsonl", _PICK))
 
     def read_trial(self, trial: Trial) -> MeasuredTrial:
         """What was measured of ``trial`` so far; empty if nothing was.

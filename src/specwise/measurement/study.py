@@ -7,11 +7,12 @@ every record written as its request ends, and the counters are read again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from specwise.domain import (
     Loop,
     MeasuredTrial,
     Outcome,
+    PickRecord,
     RequestRecord,
     Segment,
     StudyData,
@@ -69,6 +71,30 @@ Skip = Callable[[StudyData], Mapping[str, str]]
 """Which trials need not be run, by id, with the reason, given what was measured so far."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a tuning wants next: the trial ``trial_id``, or no more trials where it is None.
+
+    ``skip`` holds trials that will not be run, by id, with the reason; ``retire`` arms whose
+    servers can be stopped. ``reason`` and ``regret_bound`` are for the journal; ``to_go_s`` is
+    None while unknown.
+    """
+
+    trial_id: str | None
+    reason: str
+    regret_bound: float = math.nan
+    skip: Mapping[str, str] = field(default_factory=dict)
+    retire: tuple[str, ...] = ()
+    to_go_s: float | None = None
+
+
+Choose = Callable[[StudyData, Collection[str]], Choice]
+"""The next trial, given what was measured so far and the arms whose servers are up."""
+
+MOST_SERVERS = 5
+"""Servers that a tuning holds in memory: it tries more arms than a machine could."""
+
+
 def conduct(
     folder: StudyFolder,
     *,
@@ -76,13 +102,15 @@ def conduct(
     listener: Listener,
     stop: Callable[[], bool],
     skip: Skip | None = None,
+    choose: Choose | None = None,
 ) -> None:
     """Measure what is left of the study in ``folder``: the whole job of ``specwise measure``.
 
     Relative paths of the study count from ``base``. Starts and stops the servers the design asks
-    for. ``skip`` is asked before each load begins. Raises PromptError or InputError for a design
-    that cannot be run here, ServerError or EngineError for servers that cannot, StoppedError when
-    ``stop`` asked for it.
+    for. ``skip`` is asked before each load begins. With ``choose`` trials are not taken in the
+    design's order: it is asked before each one, and servers start when they are first needed.
+    Raises PromptError or InputError for a design that cannot be run here, ServerError or
+    EngineError for servers that cannot, StoppedError when ``stop`` asked for it.
     """
     design = folder.design
     segments = [segment for segment in design.segments if not segment.same_prompts_as]
@@ -113,10 +141,15 @@ def conduct(
             log_path=folder.log_path,
             on_described=lambda arms: folder.add_provenance({"arms": arms}),
             note=listener.note,
+            most_servers=None if choose is None else MOST_SERVERS,
         ) as fleet,
     ):
-        fleet.start()
-        measure(folder, prompts, fleet, base=base, listener=listener, stop=stop, skip=skip)
+        if choose is None:
+            fleet.start()
+            measure(folder, prompts, fleet, base=base, listener=listener, stop=stop, skip=skip)
+        else:
+            sitting = _Sitting(folder, prompts, fleet, base, listener, stop)
+            _measure_chosen(sitting, choose)
 
 
 def measure(
@@ -157,6 +190,65 @@ def measure(
         measured = sitting.run_trial(trial, cells[trial.trial_id])
         clock.add(trial, time.monotonic() - began)
         listener.trial_finished(measured, clock.progress())
+
+
+def _measure_chosen(sitting: _Sitting, choose: Choose) -> None:
+    """Run what ``choose`` asks for, trial by trial, and keep the journal.
+
+    A trial that was interrupted is finished first. An arm whose server cannot be brought up, or
+    fails again and again, is given up: its trials are skipped with the reason. Raises ServerError
+    if that is the baseline.
+    """
+    folder, fleet, listener = sitting.folder, sitting.fleet, sitting.listener
+    design = folder.design
+    cells = {trial.trial_id: sitting.deal(trial) for trial in design.trials}
+    by_id = {trial.trial_id: trial for trial in design.trials}
+    study = folder.read()
+    begun = [t.trial for t in study.trials if not t.complete and not folder.is_over(t.trial)]
+    while True:
+        if begun:
+            choice = Choice(begun.pop().trial_id, "it was interrupted")
+        else:
+            sitting.check_stop()
+            choice = choose(study, fleet.running)
+        for arm in choice.retire:
+            if arm in fleet.running:
+                fleet.retire(arm)
+        _skip(folder, choice.skip, listener)
+        if choice.trial_id is None:
+            return
+        trial = by_id[choice.trial_id]
+        starts = trial.arm not in fleet.running
+        done = len([t for t in study.trials if t.complete])
+        listener.trial_started(trial, Progress(done, len(design.trials), choice.to_go_s))
+        began = time.monotonic()
+        try:
+            measured = sitting.run_trial(trial, cells[trial.trial_id])
+        except ServerError as error:
+            if trial.arm == design.arms[0].name:
+                raise
+            listener.note(f"arm {trial.arm} is given up: {error}")
+            reason = f"the server of {trial.arm} failed: {str(error).splitlines()[0]}"
+            lost = {t.trial_id: reason for t in design.trials if t.arm == trial.arm}
+            _skip(folder, lost, Listener())
+            fleet.retire(trial.arm)
+            study = folder.read()
+            continue
+        took_s = time.monotonic() - began
+        start_s = min(fleet.start_s.get(trial.arm, 0.0), took_s) if starts else 0.0
+        folder.note_pick(
+            PickRecord(
+                trial_id=trial.trial_id,
+                reason=choice.reason,
+                regret_bound=choice.regret_bound,
+                started_server=starts,
+                start_s=start_s,
+                seconds=took_s - start_s,
+            )
+        )
+        others = tuple(t for t in study.trials if t.trial.trial_id != trial.trial_id)
+        study = replace(study, trials=(*others, measured))
+        listener.trial_finished(measured, Progress(done + 1, len(design.trials), choice.to_go_s))
 
 
 def _skip(folder: StudyFolder, reasons: Mapping[str, str], listener: Listener) -> set[str]:
@@ -218,15 +310,15 @@ class _Sitting:
             left = remaining(measured)
             if not left:
                 break
-            self._check_stop()
+            self.check_stop()
             if attempt:
                 self.listener.note(f"{trial.trial_id}: the server went away; going on")
             target = self.fleet.ready(arm)
             _warm_up(target, self._warmup(trial), trial)
-            self._check_stop()
+            self.check_stop()
             measured = self._run_part(measured, [c for c in chosen if c.index in left], target)
         if remaining(measured):
-            self._check_stop()
+            self.check_stop()
             raise ServerError(
                 f"The server of arm {trial.arm!r} failed {MAX_PARTS_PER_SITTING} times in trial "
                 f"{trial.trial_id}.{self.fleet.last_words(arm)}",
@@ -237,7 +329,7 @@ class _Sitting:
             writer.complete()
         return replace(measured, complete=True)
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
         if self.stop():
             raise StoppedError(
                 "Stopped; everything measured is kept.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,18 +85,22 @@ def simulate_study(
     arrivals: Callable[[Trial, np.random.Generator], Sequence[float]],
     provenance: Mapping[str, Any],
     on_trial: Callable[[MeasuredTrial], None] = lambda _: None,
+    own_luck: bool = False,
 ) -> StudyData:
     """Every trial of ``design``, marked as predicted.
 
     ``arrivals`` gives an open-loop trial's arrival times (seconds from its start). As in a
     measurement, all arms of a (workload, load, repeat) get the same requests at the same times, and
-    the A/A trial repeats its twin exactly, since a simulation has no noise of its own. Raises
+    the A/A trial repeats its twin exactly, since a simulation has no noise of its own. Drafts are
+    accepted by the same draws in all arms, which tells arms apart with fewer requests; with
+    ``own_luck`` each arm has its own, as servers have. Raises
     InputError for an arm or segment without description, or requests that could never be served.
     """
     _check(design, arms, traffic)
     trials = []
     for trial in design.trials:
-        measured = _simulate_trial(design, trial, arms[trial.arm], traffic, arrivals)
+        luck = zlib.crc32(trial.arm.encode()) if own_luck else 0
+        measured = _simulate_trial(design, trial, arms[trial.arm], traffic, arrivals, luck)
         on_trial(measured)
         trials.append(measured)
     return StudyData(
@@ -130,6 +135,7 @@ def _simulate_trial(
     arm: SimArm,
     traffic: Mapping[str, Traffic],
     arrivals: Callable[[Trial, np.random.Generator], Sequence[float]],
+    luck: int,
 ) -> MeasuredTrial:
     workload = design.workload(trial.workload)
     cell = [design.workloads.index(workload), design.loads.index(trial.load), trial.repeat]
@@ -155,7 +161,7 @@ def _simulate_trial(
         requests,
         arm.costs,
         arm.config,
-        rng=np.random.default_rng([design.seed, 4, *cell]),
+        rng=np.random.default_rng([design.seed, 4, *cell, *([luck] if luck else [])]),
         concurrency=int(trial.load.value) if trial.load.loop is Loop.CLOSED else None,
         trace=True,
     )

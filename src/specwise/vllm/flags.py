@@ -29,6 +29,9 @@ V1_ONLY = Version(0, 10, 0)  # vllm/spec_decode (the V0 workers) is gone
 V0_DRAFT_TP_LIKE_TARGET = Version(0, 6, 4)  # before that a draft ran on one GPU only
 DRAFT_MODEL_BACK = Version(0, 15, 0)  # until then EngineArgs raises NotImplementedError
 SCHEDULE_START = Version(0, 24, 0)
+METHODS_WITH_SCHEDULE = ("draft_model", "ngram", "eagle", "eagle3", "mtp")
+"""Methods whose draft length may follow the batch size. vLLM 0.32 looks k up in the scheduler
+whatever the method (v1/core/sched/scheduler.py); draft_model and ngram were tried."""
 DEFAULT_UTILIZATION_CHANGE = Version(0, 20, 0)
 
 # V0 flag -> field of SpeculativeConfig in 0.8.2, which took every one of them over.

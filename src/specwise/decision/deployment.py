@@ -1,0 +1,492 @@
+"""From what a tuning found to what can be deployed, and whether a fresh measurement confirms it.
+
+A server runs one way to speculate (a *family*: method, draft model, sampling) with one draft length
+or a schedule of them. What looked best among many arms is partly luck, so the arm to deploy is
+measured again, on requests that chose nothing, beside the baseline and the best static arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from specwise.analysis.cells import Cells, cells
+from specwise.analysis.comparison import Effect, speedup_effects
+from specwise.decision.findings import counted, listed
+from specwise.decision.schedule import Composed, Lengths, compose
+from specwise.decision.tuning import Spent, Standing, survey, sweep_seconds
+from specwise.decision.verdict import Decision
+from specwise.domain import Arm, LoadPoint, Loop, PickRecord, Purpose, StudyData, StudyDesign, Trial
+from specwise.measurement.sweep import families
+from specwise.measurement.trials import order_trials
+
+KEPT = 0.97
+"""What a schedule must keep of the better of the baseline and the best static arm, at each load."""
+FEWEST_REPEATS = 2
+SCHEDULED = "scheduled"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyStanding:
+    """One way to speculate, as it could be deployed, on the production workload.
+
+    ``static`` is its best single draft length and ``static_gain`` its goodput over the baseline's,
+    averaged (geometrically) over the loads; ``schedule`` the best lengths by load, None where one
+    length serves all or the engine takes none (``note`` says why), with ``scheduled_gain``.
+    ``idle_price`` holds (load, ratio to the baseline, low, high) of being on with k = 0.
+    """
+
+    family: str
+    static: str
+    static_gain: float
+    schedule: Composed | None
+    scheduled_gain: float
+    idle_price: tuple[tuple[LoadPoint, float, float, float], ...]
+    note: str
+
+    @property
+    def gain(self) -> float:
+        """The better of both."""
+        return max(self.static_gain, self.scheduled_gain if self.schedule else 0.0)
+
+
+def family_standings(
+    design: StudyDesign, standing: Standing, measured: Cells, *, seed: int = 0
+) -> tuple[FamilyStanding, ...]:
+    """Every family of the sweep on the production workload, the best first."""
+    draws = standing.belief.draws(1000, np.random.default_rng([seed, 5]))
+    loads = sorted(design.loads)
+    columns = [standing.belief.cells.index((design.production_workload, load)) for load in loads]
+    place = {c.arm: i for i, c in enumerate(standing.belief.candidates)}
+    found = []
+    for family, arms in families(design).items():
+        gains = {a: standing.belief.mean[place[a]][columns] for a in arms}
+        idle = [a for a in arms if _schedule(design, a)]
+        static = max((a for a in arms if a not in idle), key=lambda a: float(gains[a].mean()))
+        static_gain = math.exp(float(gains[static].mean()))
+        composed, note = None, ""
+        if idle:
+            composed = compose(
+                Lengths(
+                    batches=_batches(design, loads, measured),
+                    gains={_k(design, a): gains[a].tolist() for a in arms},
+                    draws={_k(design, a): draws[:, 1 + place[a]][:, columns] for a in arms},
+                )
+            )
+            if len(set(composed.lengths)) == 1:
+                note = f"k = {composed.lengths[0]} serves every load: no schedule is needed"
+                composed = None
+        else:
+            note = no_schedule_reason(design, family)
+        found.append(
+            FamilyStanding(
+                family=family,
+                static=static,
+                static_gain=static_gain,
+                schedule=composed,
+                scheduled_gain=math.exp(composed.gain) if composed else math.nan,
+                idle_price=_idle_price(standing, design, idle[0], loads) if idle else (),
+                note=note,
+            )
+        )
+    return tuple(sorted(found, key=lambda f: -f.gain))
+
+
+def no_schedule_reason(design: StudyDesign, family: str) -> str:
+    """Why the sweep has no schedule for ``family``."""
+    arm = design.arm(families(design)[family][0])
+    words = arm.deployment.arguments if arm.deployment else ()
+    if any(word.split("=")[0] in ("--data-parallel-size", "-dp") for word in words):
+        return "vLLM ignores a schedule with data parallelism"
+    method = arm.speculation.method if arm.speculation else ""
+    return f"this vLLM takes no schedule with {method}"
+
+
+def _k(design: StudyDesign, arm: str) -> int:
+    speculation = design.arm(arm).speculation
+    return 0 if speculation is None or speculation.schedule else speculation.k
+
+
+def _schedule(design: StudyDesign, arm: str) -> bool:
+    speculation = design.arm(arm).speculation
+    return speculation is not None and bool(speculation.schedule)
+
+
+def _batches(design: StudyDesign, loads: Sequence[LoadPoint], measured: Cells) -> tuple[int, ...]:
+    """Requests in the batch at each load: the clients, or by Little's law rate x E2E."""
+    found: list[int] = []
+    for load in loads:
+        if load.loop is Loop.CLOSED:
+            batch = int(load.value)
+        else:
+            key = (design.arms[0].name, design.production_workload, load, Purpose.MEASURE)
+            tables = measured.get(key, ())
+            e2e_s = [float(np.nanmean(t.e2e_from_sent_s)) for t in tables if t.ok.any()]
+            batch = round(load.value * float(np.mean(e2e_s))) if e2e_s else round(load.value)
+        found.append(max(batch, 1 + (found[-1] if found else 0)))
+    return tuple(found)
+
+
+def _idle_price(
+    standing: Standing, design: StudyDesign, idle: str, loads: Sequence[LoadPoint]
+) -> tuple[tuple[LoadPoint, float, float, float], ...]:
+    held = []
+    for load in loads:
+        cell = standing.cell(design.production_workload, load)
+        arm = next(a for a in cell.arms if a.arm == idle)
+        held.append((load, arm.gain, arm.low, arm.high))
+    return tuple(held)
+
+
+def confirmation_design(
+    design: StudyDesign,
+    standing: FamilyStanding,
+    *,
+    repeats: int,
+) -> StudyDesign:
+    """The study that confirms ``standing``: the baseline, the best static arm, the scheduled one.
+
+    Every workload at every load of the sweep, on requests that the search did not use (the seed is
+    another). The verdict is about the largest load, which a schedule must survive.
+    """
+    arms = [design.arms[0], design.arm(standing.static)]
+    if standing.schedule is not None:
+        static = design.arm(standing.static)
+        assert static.speculation is not None  # noqa: S101 - it is a candidate
+        rows = standing.schedule.rows
+        speculation = replace(static.speculation, k=max(k for _, _, k in rows), schedule=rows)
+        arms.append(Arm(SCHEDULED, speculation, static.deployment))
+    requests = {trial.load: trial.requests for trial in design.trials}
+    return replace(
+        design,
+        name=f"{design.name}-confirm",
+        seed=design.seed + 1,
+        arms=tuple(arms),
+        experiment="",
+        tune=None,
+        trials=order_trials(
+            tuple(arms),
+            design.workloads,
+            design.loads,
+            requests=requests,
+            repeats=repeats,
+            noise_workload=design.production_workload,
+            together=design.servers_together,
+        ),
+    )
+
+
+def to_confirm(ways: Sequence[FamilyStanding], tolerance: float) -> FamilyStanding | None:
+    """The way to speculate that is worth confirming: the best, if it gains more than the tolerance
+    (an average over the loads); None if nothing does."""
+    best = max(ways, key=lambda way: way.gain, default=None)
+    return best if best is not None and best.gain > 1 + tolerance else None
+
+
+def settled(study: StudyData) -> frozenset[LoadPoint]:
+    """Loads of a confirmation at which no more repeats are needed.
+
+    The scheduled arm (without a schedule the static one) is shown to keep `KEPT` of the baseline,
+    or not to, on the production workload.
+    """
+    design = study.design
+    effects = speedup_effects(cells(study), design.arms[0].name)
+    return frozenset(
+        e.load
+        for e in effects
+        if (e.arm, e.workload) == (design.arms[-1].name, design.production_workload)
+        and e.repeats >= FEWEST_REPEATS
+        and (e.low >= KEPT or e.high < KEPT)
+    )
+
+
+def next_confirmation(study: StudyData) -> Trial | None:
+    """The next trial of a confirmation: every cell `FEWEST_REPEATS` times, then repeats of the
+    production workload at loads that are not settled. None when nothing is left to learn."""
+    design = study.design
+    done = {t.trial.trial_id for t in study.trials if t.complete} | set(study.skipped)
+    left = [trial for trial in design.trials if trial.trial_id not in done]
+    first = [trial for trial in left if trial.repeat < FEWEST_REPEATS]
+    if first:
+        return first[0]
+    clear = settled(study)
+    for trial in left:
+        if trial.workload == design.production_workload and trial.load not in clear:
+            return trial
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# What the confirmation says
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmedLoad:
+    """The deployed arm in one cell of the confirmation.
+
+    ``to_baseline`` and ``to_static`` are paired effects on time per token (above 1: faster);
+    ``ratio`` is the one against the better of the two, [``low``, ``high``] its 95 % interval.
+    """
+
+    workload: str
+    load: LoadPoint
+    to_baseline: Effect
+    to_static: Effect | None
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """Whether the arm to deploy holds what the tuning promised, cell by cell.
+
+    ``outcome`` is "confirmed": at every load of the production workload the whole interval keeps
+    `KEPT` of the baseline, and at one at least it is shown to be faster; "refused": a load is shown
+    not to keep it; "undecided": the intervals are too wide to say.
+    """
+
+    family: str
+    arm: str
+    schedule: tuple[tuple[int, int, int], ...]
+    static_arm: str
+    cells: tuple[ConfirmedLoad, ...]
+    outcome: Literal["confirmed", "refused", "undecided"]
+    reasons: tuple[str, ...]
+
+
+def confirm(study: StudyData, family: str, *, seed: int = 0) -> tuple[Confirmation, ...]:
+    """What the confirmation ``study`` says of each arm of ``family`` in it, the scheduled first."""
+    arms = [arm.name for arm in study.design.arms[1:]]
+    return tuple(_confirm(study, family, arm, seed) for arm in reversed(arms))
+
+
+def _confirm(study: StudyData, family: str, arm: str, seed: int) -> Confirmation:
+    design = study.design
+    measured = cells(study)
+    baseline, static = design.arms[0].name, design.arms[1].name
+    to_baseline = _by_cell(speedup_effects(measured, baseline, seed=seed), arm)
+    to_static: Mapping[tuple[str, LoadPoint], Effect] = {}
+    if arm != static:
+        to_static = _by_cell(speedup_effects(measured, static, seed=seed), arm)
+    versus = _by_cell(speedup_effects(measured, baseline, seed=seed), static)
+    found = []
+    for cell, effect in to_baseline.items():
+        rival = effect
+        if cell in to_static and cell in versus and versus[cell].ratio > 1:
+            rival = to_static[cell]
+        found.append(
+            ConfirmedLoad(
+                cell[0], cell[1], effect, to_static.get(cell), rival.ratio, rival.low, rival.high
+            )
+        )
+    ours = [c for c in found if c.workload == design.production_workload]
+    speculation = design.arm(arm).speculation
+    assert speculation is not None  # noqa: S101 - only such arms are confirmed
+    outcome, reasons = _outcome(ours, len(design.loads))
+    return Confirmation(family, arm, speculation.schedule, static, tuple(found), outcome, reasons)
+
+
+def _by_cell(effects: Sequence[Effect], arm: str) -> dict[tuple[str, LoadPoint], Effect]:
+    return {(e.workload, e.load): e for e in effects if e.arm == arm}
+
+
+def _outcome(
+    ours: Sequence[ConfirmedLoad], loads: int
+) -> tuple[Literal["confirmed", "refused", "undecided"], tuple[str, ...]]:
+    slower = [c for c in ours if c.to_baseline.high < KEPT]
+    if slower:
+        return "refused", tuple(
+            f"at {c.load.label} it is slower than off: {_span(c.to_baseline)}" for c in slower
+        )
+    faster = [c for c in ours if c.to_baseline.low > 1]
+    doubtful = [c for c in ours if not c.to_baseline.low >= KEPT]
+    behind = [c for c in ours if c.ratio < KEPT and c.high < 1]
+    reasons = []
+    if len(ours) < loads:
+        reasons.append(f"only {len(ours)} of {counted(loads, 'load')} were measured")
+    if doubtful:
+        reasons.append(
+            f"room for a loss of more than {1 - KEPT:.0%} is left at "
+            + listed([f"{c.load.label} ({_span(c.to_baseline)})" for c in doubtful])
+        )
+    if behind:
+        reasons.append(
+            "the best static arm is faster at "
+            + listed(
+                [f"{c.load.label} ({c.ratio:.2f}x [{c.low:.2f}, {c.high:.2f}])" for c in behind]
+            )
+        )
+    if not faster:
+        reasons.append("at no load is it shown to be faster than off")
+    if len(ours) < loads or doubtful or not faster:
+        return "undecided", tuple(reasons)
+    won = listed([f"{c.load.label} ({_span(c.to_baseline)})" for c in faster])
+    return "confirmed", (f"faster than off at {won}, and slower at no load", *reasons)
+
+
+def _span(effect: Effect) -> str:
+    return f"{effect.ratio:.2f}x [{effect.low:.2f}, {effect.high:.2f}]"
+
+
+# ---------------------------------------------------------------------------------------------
+# What to do
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What to do with the deployment. ``arm`` is a static arm of ``family`` or "scheduled"; both
+    None where nothing should be turned on. ``reasons`` are sentences, the weightiest first."""
+
+    decision: Decision
+    family: str | None
+    arm: str | None
+    schedule: tuple[tuple[int, int, int], ...]
+    headline: str
+    reasons: tuple[str, ...]
+
+
+def recommend(
+    standing: Standing,
+    ways: Sequence[FamilyStanding],
+    confirmations: Sequence[Confirmation],
+    *,
+    stopped: str,
+    tolerance: float,
+) -> Recommendation:
+    """The answer of a tuning, from what was found and what was confirmed.
+
+    A schedule or a static arm is only recommended if a confirmation holds. Off is said where the
+    bound is within the tolerance and no way to speculate gains more than it, or where the
+    confirmation refused what looked best; anything else is measure-more, with the bound that was
+    reached.
+    """
+    bound = (
+        f"the remaining regret is at most {standing.regret_bound:.1%} "
+        f"(tolerance {tolerance:.1%}; {_STOPPED.get(stopped, 'not finished')})"
+    )
+    for confirmation in confirmations:
+        if confirmation.outcome == "confirmed":
+            return _confirmed(confirmation, bound)
+    refused = tuple(
+        f"{c.arm}: {c.outcome}; {listed(c.reasons)}."
+        for c in confirmations
+        if c.outcome != "confirmed"
+    )
+    nothing = to_confirm(ways, tolerance) is None and standing.regret_bound <= tolerance
+    if nothing or (confirmations and all(c.outcome == "refused" for c in confirmations)):
+        return Recommendation(
+            Decision.OFF,
+            None,
+            None,
+            (),
+            "Leave speculation off: nothing tried is faster without being slower elsewhere.",
+            (*refused, *(f"{w.family}: {w.note}." for w in ways if w.note), f"{bound}."),
+        )
+    return Recommendation(
+        Decision.MEASURE_MORE,
+        None,
+        None,
+        (),
+        f"Not decided: {bound}.",
+        (
+            *refused,
+            "Give more minutes (--budget), more requests a trial or a quieter machine, and go on "
+            "with --resume: nothing measured is lost.",
+        ),
+    )
+
+
+def _confirmed(confirmation: Confirmation, bound: str) -> Recommendation:
+    rows = confirmation.schedule
+    how = f"with the schedule {_rows(rows)}" if rows else f"with {confirmation.arm}"
+    return Recommendation(
+        Decision.SCHEDULE if rows else Decision.ON,
+        confirmation.family,
+        confirmation.arm,
+        rows,
+        f"Turn speculation on {how}: at no load is it slower than off.",
+        (*(f"Confirmed: {reason}." for reason in confirmation.reasons), f"{bound}."),
+    )
+
+
+_STOPPED = {
+    "tolerance": "within the tolerance",
+    "budget": "the budget is spent",
+    "exhausted": "every trial was run",
+}
+
+
+def _rows(rows: Sequence[tuple[int, int, int]]) -> str:
+    return ", ".join(f"{first}-{last}: k={k}" for first, last, k in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Everything a tuning came to: what the console, the page and the JSON show.
+
+    ``search`` is the study of the sweep as far as it was run, ``confirmation`` the one that
+    confirmed it (None: there was nothing to confirm, or it is not measured yet). ``sweep_s``
+    estimates what running every arm once in every cell would have taken. ``stopped`` is
+    "tolerance", "budget", "exhausted", or "" while the search is not over.
+    """
+
+    search: StudyData
+    standing: Standing
+    picks: tuple[PickRecord, ...]
+    sweep_s: float
+    tolerance: float
+    budget_s: float | None
+    stopped: str
+    ways: tuple[FamilyStanding, ...]
+    confirmation: StudyData | None
+    confirmations: tuple[Confirmation, ...]
+    recommendation: Recommendation
+
+
+def assess_tuning(
+    search: StudyData,
+    picks: Sequence[PickRecord],
+    confirmation: StudyData | None,
+    *,
+    tolerance: float,
+    budget_s: float | None,
+    seed: int = 0,
+) -> Tuned:
+    """All that follows from a tuning's two studies and its journal. Pure and deterministic."""
+    design = search.design
+    measured = cells(search)
+    spent = Spent.of(picks)
+    standing = survey(design, measured, seed=seed)
+    done = {t.trial.trial_id for t in search.trials if t.complete} | set(search.skipped)
+    stopped = ""
+    if all(trial.trial_id in done for trial in design.trials):
+        stopped = "exhausted"
+        if standing.regret_bound <= tolerance:
+            stopped = "tolerance"
+        elif budget_s is not None and spent.total_s >= budget_s:
+            stopped = "budget"
+    ways = family_standings(design, standing, measured, seed=seed)
+    way = to_confirm(ways, tolerance)
+    confirmations: tuple[Confirmation, ...] = ()
+    if confirmation is not None and way is not None:
+        confirmations = confirm(confirmation, way.family, seed=seed)
+    return Tuned(
+        search=search,
+        standing=standing,
+        picks=tuple(picks),
+        sweep_s=sweep_seconds(design, measured, spent),
+        tolerance=tolerance,
+        budget_s=budget_s,
+        stopped=stopped,
+        ways=ways,
+        confirmation=confirmation,
+        confirmations=confirmations,
+        recommendation=recommend(
+            standing, ways, confirmations, stopped=stopped, tolerance=tolerance
+        ),
+    )
