@@ -13,8 +13,9 @@ from specwise.analysis.acceptance import summarise_acceptance
 from specwise.analysis.cells import table_of
 from specwise.analysis.crossover import Crossover
 from specwise.analysis.extrapolation import Extrapolation, extrapolate, observed_steps
+from specwise.analysis.latency import summarise
 from specwise.decision.assessment import Assessment, assess
-from specwise.domain import LoadPoint, Loop, Slo, Speculation, StudyData
+from specwise.domain import Arm, LoadPoint, Loop, Slo, Speculation, StudyData
 from specwise.errors import InputError
 from specwise.facts.checkpoint import load_checkpoint
 from specwise.facts.hardware import find_gpu
@@ -170,3 +171,107 @@ def test_too_little_to_go_by_is_one_clear_error(measured: StudyData) -> None:
     )
     with pytest.raises(InputError, match="no acceptance"):
         extrapolate(few)
+
+
+def serving(study: StudyData) -> dict[tuple[str, float], tuple[float, float]]:
+    """(median TPOT, output tokens/s) by arm and load."""
+    found = {}
+    for summary in summarise(study):
+        assert summary.tpot_s is not None
+        assert summary.output_tokens_per_s is not None
+        found[summary.arm, summary.load.value] = (summary.tpot_s.p50, summary.output_tokens_per_s)
+    return found
+
+
+@pytest.mark.parametrize("prompt", [200, 1000])
+def test_times_at_eight_times_the_load_are_near_the_truth(prompt: int) -> None:
+    """A fit that takes cached tokens for requests, or queues for seats, is off by half."""
+    beyond = (2.0, 32.0, 128.0)
+    truth = serving(forecast_study(scenario(beyond, prompt=prompt)))
+    seen = forecast_study(scenario((1.0, 4.0, 16.0), prompt=prompt))
+    told = extrapolate(seen, loads=points(*beyond))
+    for key, (tpot_s, tokens_per_s) in serving(told.predicted).items():
+        assert tpot_s == pytest.approx(truth[key][0], rel=0.1), key
+        assert tokens_per_s == pytest.approx(truth[key][1], rel=0.12), key
+    assert any("At c32, c128 more requests run at once" in note for note in told.notes)
+
+
+def test_arms_that_differ_in_k_share_what_they_know() -> None:
+    draft = load_checkpoint("llama-3.2-1b")
+    arms = [
+        Candidate(f"draft-k{k}", Speculation("draft_model", k, draft="d"), ALIKE, draft)
+        for k in (1, 3)
+    ]
+    found = extrapolate(forecast_study(scenario(LADDER[:4], *arms)), ks=(2, 3), repeats=1)
+    assert [(c.name, c.speculation.k) for c in found.candidates] == [
+        ("draft-k1", 1), ("draft-k3", 3), ("draft, k=2", 2)
+    ]  # fmt: skip
+    assert len({c.acceptance for c in found.candidates}) == 1
+    assert found.candidates[0].acceptance.positions(3) == pytest.approx(
+        ALIKE.positions(3), abs=0.03
+    )
+    assert len([note for note in found.notes if "Step costs" in note]) == 1
+
+
+def test_two_draft_models_have_costs_of_their_own() -> None:
+    small, large = load_checkpoint("llama-3.2-1b"), load_checkpoint("llama-3.2-3b")
+    asked = scenario(
+        LADDER[:4],
+        Candidate("small", Speculation("draft_model", 3, draft="s"), ALIKE, small),
+        Candidate("large", Speculation("draft_model", 3, draft="l"), ALIKE, large),
+    )
+    found = extrapolate(forecast_study(asked), repeats=1)
+    shape = StepShape(32, 2000, 8, 3)
+    steps = []
+    for candidate, truth in zip(found.candidates, asked.candidates, strict=True):
+        steps.append(float(found.candidate_costs(candidate).step_s(shape)))
+        assert steps[-1] == pytest.approx(
+            float(asked.candidate_costs(truth).step_s(shape)), rel=0.05
+        )
+    assert steps[1] > 1.1 * steps[0]
+
+
+def test_what_is_left_out_is_said(measured: StudyData) -> None:
+    schedule = Speculation("draft_model", 3, draft="d", schedule=((1, 4, 3), (5, 256, 1)))
+    arms = (*measured.design.arms, Arm("by batch", schedule), Arm("late", Speculation("ngram", 3)))
+    told = extrapolate(
+        replace(measured, design=replace(measured.design, arms=arms)), loads=points(4), repeats=1
+    )
+    assert "by batch is left out: its k follows the batch size." in told.notes
+    assert "late is left out: it has no finished trial." in told.notes
+    assert [c.name for c in told.candidates] == ["draft"]
+
+
+def test_the_servers_own_limits_are_kept(measured: StudyData) -> None:
+    """A closed loop's next request waits for a step: that is no limit of seats."""
+    assert not [note for note in extrapolate(measured, loads=points(8)).notes if "At most" in note]
+    words = ["vllm", "serve", "m", "--max-num-seqs", "6", "--max-num-batched-tokens", "512"]
+    described = {arm.name: {"command": words} for arm in measured.design.arms}
+    told = extrapolate(
+        replace(measured, provenance={"arms": described}), loads=points(16), repeats=1
+    )
+    assert "At most 6 requests run at once, as the servers say." in told.notes
+    running = [g.running for t in told.predicted.trials for p in t.parts for g in p.gauges]
+    assert max(r for r in running if r is not None) == 6
+
+
+def test_a_limit_of_seats_shows_in_the_gauges(measured: StudyData) -> None:
+    words = ["vllm", "serve", "m", "--max-num-seqs", "6"]
+    described = {arm.name: {"command": words} for arm in measured.design.arms}
+    few = extrapolate(
+        replace(measured, provenance={"arms": described}), loads=points(1, 2, 4, 24)
+    ).predicted
+    told = extrapolate(few, loads=points(24), repeats=1)
+    assert "At most 6 requests run at once, as in the study." in told.notes
+
+
+@pytest.mark.parametrize("process", ["constant", "gamma"])
+def test_requests_arrive_as_in_the_study(process: str) -> None:
+    study = forecast_study(scenario((1.0, 4.0, 8.0), loop=Loop.OPEN), repeats=1)
+    load = LoadPoint(Loop.OPEN, 4.0, process, burstiness=0.2)
+    told = extrapolate(study, loads=(load,), repeats=1)
+    sent = [r.sent_s for r in told.predicted.trials[0].records]
+    gaps = np.diff(sorted(sent))
+    assert np.mean(gaps) == pytest.approx(0.25, rel=0.6)
+    spread = np.std(gaps) / np.mean(gaps)
+    assert spread < 0.01 if process == "constant" else spread > 1.5

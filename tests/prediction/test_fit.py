@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,6 +118,32 @@ def test_a_file_of_something_else_is_one_clear_error(
         read_fit(tmp_path / "c.json")
     with pytest.raises(InputError, match="cannot be read"):
         read_fit(tmp_path / "none.json")
+
+
+def test_a_file_of_fewer_knots_means_the_same(tmp_path: Path) -> None:
+    fit = fit_steps(observations(), method="draft_model", about={})
+    write_fit(fit, tmp_path / "costs.json")
+    held = orjson.loads((tmp_path / "costs.json").read_bytes())
+    for costs in (held["baseline"], held["candidate"]):
+        costs["above_s"], costs["below_s"] = costs["above_s"][:3], costs["below_s"][:3]
+    (tmp_path / "costs.json").write_bytes(orjson.dumps(held))
+    read = read_fit(tmp_path / "costs.json").candidate
+    assert read.above_s == (*fit.candidate.above_s[:3], 0)
+    shape = StepShape(50, 900, 10, 4)
+    assert read.step_s(shape) == pytest.approx(fit.candidate.step_s(shape), rel=1e-9)
+
+
+def test_a_slope_found_apart_tells_cached_tokens_from_requests() -> None:
+    """Each request has the same cache: without it the two are one column."""
+    alike = [o for o in observations(noise=0.01) if o.context_tokens == 60 * o.requests]
+    plain = [o for o in alike if o.k is None]
+    drafted = {"draft_model": [o for o in alike if o.k is not None]}
+    given = fit_methods(plain, drafted, about={}, context_slope=(1e-7, 1e-9))["draft_model"]
+    assert given.baseline.context_token_s == pytest.approx(1e-7, rel=0.02)
+    vague = fit_methods(plain, drafted, about={}, context_slope=(1e-5, 1.0))["draft_model"]
+    assert vague.residuals == pytest.approx(
+        fit_methods(plain, drafted, about={})["draft_model"].residuals, abs=1e-6
+    )
 
 
 def test_too_little_is_refused() -> None:

@@ -187,7 +187,7 @@ def extrapolate(
         sum(shares[s] * statistics.fmean(size[i] for size in traffic[s].sizes) for s in segments)
         for i in (0, 1)
     ]
-    beyond = _beyond(predicted, candidates, max(_decoded(fit) for fit in fits.values()))
+    beyond = _beyond(predicted, fits)
     return Extrapolation(
         name=design.name,
         machine="its own servers",
@@ -295,11 +295,6 @@ def _first(fits: Mapping[str, Fit]) -> Fit:
     return next(iter(fits.values()))
 
 
-def _decoded(fit: Fit) -> float:
-    """The most tokens of a step that was observed with requests decoding."""
-    return max(step.tokens for step in fit.observed if not step.prefill)
-
-
 def _fit_note(name: str, fit: Fit) -> str:
     largest = max(step.tokens for step in fit.observed)
     words = (
@@ -311,24 +306,18 @@ def _fit_note(name: str, fit: Fit) -> str:
     return words
 
 
-def _beyond(predicted: StudyData, candidates: Sequence[Candidate], decoded: float) -> str:
-    """Where steps are larger than any that the study saw; empty if nowhere."""
-    per_request = {c.name: 1 + c.speculation.k * c.acceptance.drafted_share for c in candidates}
-    found: dict[str, dict[str, float]] = {}
+def _beyond(predicted: StudyData, fits: Mapping[str, Fit]) -> str:
+    """At which loads more requests run at once than in any step of the study; empty if at none."""
+    most = max(step.requests for fit in fits.values() for step in fit.observed)
+    found = set()
     for measured in predicted.trials:
         running = [g.running for part in measured.parts for g in part.gauges if g.running]
-        if running:
-            trial = measured.trial
-            tokens = statistics.fmean(running) * per_request.get(trial.arm, 1)
-            if tokens > 1.25 * decoded:
-                found.setdefault(trial.arm, {})[trial.load.label] = tokens
+        if running and statistics.fmean(running) > 1.25 * most:
+            found.add(measured.trial.load)
     if not found:
         return ""
-    places = "; ".join(f"{arm} at {', '.join(loads)}" for arm, loads in found.items())
-    return (
-        f"Larger steps than the study had ({decoded:,.0f} tokens while decoding): {places}. "
-        "Costs are drawn on there."
-    )
+    loads = ", ".join(load.label for load in sorted(found))
+    return f"At {loads} more requests run at once than in the study ({most:.0f}): drawn on from it."
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,9 +156,12 @@ def _of_study(ctx: click.Context, options: dict[str, Any]) -> Forecast:
     loads: tuple[LoadPoint, ...] = ()
     production = None
     if options["rate"] or options["concurrency"]:
-        loads, production = _loads(options)
-        if options["production"] is None and study.design.production_load in loads:
-            production = study.design.production_load
+        own = study.design.production_load
+        asked_loads, last = _loads(options)
+        loads = tuple(_arriving_as(own, load) for load in asked_loads)
+        production = _arriving_as(own, last)
+        if options["production"] is None and own in loads:
+            production = own
     elif options["production"] is not None:
         raise InputError("--production needs the loads.", "Give --concurrency or --rate too.")
     slo = study.design.slo
@@ -175,6 +179,11 @@ def _of_study(ctx: click.Context, options: dict[str, Any]) -> Forecast:
         unknowns=sensitivity(asked, running),
         unknowns_at=round(running, 1),
     )
+
+
+def _arriving_as(own: LoadPoint, load: LoadPoint) -> LoadPoint:
+    """``load`` with the arrival process of the study's own."""
+    return replace(own, value=load.value) if own.loop is load.loop else load
 
 
 def _show(forecast: Forecast, options: dict[str, Any]) -> None:

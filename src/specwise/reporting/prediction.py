@@ -100,6 +100,7 @@ def forecast_to_dict(forecast: Forecast) -> dict[str, Any]:
         "predicted": True,
         "target": scenario.name,
         "machine": scenario.machine,
+        "notes": scenario.notes,
         "gpu": scenario.gpu.name if scenario.gpu else None,
         "gpus": scenario.gpus,
         "prompt_tokens": scenario.prompt_tokens,
@@ -147,11 +148,16 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
     table = ruled_table(out)
     table.add_column("Load", no_wrap=True)
     table.add_column("Arm", no_wrap=True)
-    for name in ("Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s", *_goodput(scenario)):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ["Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s", *_goodput(scenario)]
+    longest = max(len(found.arm) for found, _ in forecast.rows)
+    shown = list(range(len(names)))
+    if out.width < longest + 60 + 9 * len(_goodput(scenario)):
+        shown = [place for place in shown if names[place] != "P99"]
+    for place in shown:
+        table.add_column(names[place], justify="right", no_wrap=True)
     for found, effect in forecast.rows:
-        cells = [found.load.label, found.arm, MISSING if effect is None else _marked(effect)]
-        cells += _figures(scenario, found)
+        figures = [MISSING if effect is None else _marked(effect), *_figures(scenario, found)]
+        cells = [found.load.label, found.arm, *(figures[place] for place in shown)]
         table.add_row(*(console_text(out, cell) for cell in cells))
     out.print(table)
     line("TPOT and TTFT in ms" + (f"; Good/s: {GOODPUT}" if _goodput(scenario) else ""), "dim")
@@ -175,6 +181,10 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
 
 def _caution(scenario: Question) -> str:
     return EXTRAPOLATED if scenario.notes else CAUTION
+
+
+def _acceptance_is(scenario: Question) -> str:
+    return "measured" if scenario.notes else "assumed"
 
 
 def _marked(effect: Effect) -> str:
@@ -254,6 +264,7 @@ def render_forecast(forecast: Forecast) -> str:
         interval=interval,
         marked=_marked,
         costs=_cost_notes(scenario),
+        acceptance_is=_acceptance_is(scenario),
     )
 
 
@@ -274,7 +285,7 @@ def _cost_notes(scenario: Question) -> list[str]:
 
 
 def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Chart | None:
-    """Break-even acceptance against running requests, beside what is assumed.
+    """Break-even acceptance against running requests, beside what is assumed or was measured.
 
     Where no acceptance suffices the line ends: a point at 100 % would read as one that does.
     """
@@ -317,7 +328,7 @@ def _break_even_chart(forecast: Forecast, styles: Mapping[str, ArmStyle]) -> Cha
         + ("out of reach" if b.break_even is None else wording.percent(b.break_even))
         for b in forecast.batches
     )
-    title = "Acceptance that is needed, and (dashed) assumed"
+    title = f"Acceptance that is needed, and (dashed) {_acceptance_is(forecast.scenario)}"
     return draw_chart("breakeven", title, summary, draw, predicted=True)
 
 
