@@ -201,7 +201,8 @@ def listener_of(quiet: bool) -> Listener:
     def started(trial: Trial, progress: Progress) -> None:
         left = "" if progress.to_go_s is None else f"  {_duration(progress.to_go_s)} to go"
         purpose = "baseline again" if trial.purpose is Purpose.NOISE_FLOOR else trial.arm
-        place = f"[{progress.done + 1:>{len(str(progress.total))}}/{progress.total}]"
+        of = "" if progress.total is None else f"/{progress.total}"
+        place = f"[{progress.done + 1:>{len(of) - 1 if of else 3}}{of}]"
         click.echo(
             f"{place} {purpose:<16} {trial.workload:<12} {_load(trial.load):<16}{left}", nl=False
         )

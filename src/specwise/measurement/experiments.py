@@ -7,6 +7,7 @@ resume, effects, verdict) is that of any study.
 - temperature: the same prompts of each segment at several temperatures (req B1).
 - ladder: the production workload at loads up to production's and past it (req G3, I5).
 - mixed: the production mix, and each of its segments alone at the same load (req F2, F3).
+- tune: every draft length of every way to speculate (req A5, E4); see sweep.py.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from specwise.measurement.trials import order_trials
 from specwise.vllm.command import Version
 from specwise.vllm.flags import DRAFT_SAMPLING
 
-EXPERIMENTS: Final = ("temperature", "ladder", "mixed")
+EXPERIMENTS: Final = ("temperature", "ladder", "mixed", "tune")
 TEMPERATURES: Final = (0.0, 0.4, 0.8, 1.0)
 MIX_NAME: Final = "mixed"
 
-_SAMPLES_ITS_DRAFTS: Final = ("draft_model", "eagle", "eagle3", "mtp")
+SAMPLES_ITS_DRAFTS: Final = ("draft_model", "eagle", "eagle3", "mtp")
 _STEPS_BELOW: Final = 4  # halvings of production's load where the study has no lighter one
 _PAST: Final = (2, 4)  # multiples of production's load where the study has no heavier one
 
@@ -50,7 +51,7 @@ def as_experiment(
     temperatures: Sequence[float] = (),
     version_of: VersionOf = lambda _: None,
 ) -> StudyDesign:
-    """The design of experiment ``name`` on what ``design`` describes.
+    """The design of experiment ``name`` on what ``design`` describes; "tune" has its own function.
 
     ``temperatures`` are those of the temperature experiment (default `TEMPERATURES`);
     ``version_of`` says which vLLM an arm that specwise starts will run, None where it cannot be
@@ -124,7 +125,7 @@ def with_draft_sampling(design: StudyDesign, version_of: VersionOf) -> StudyDesi
     for arm in design.arms:
         if arm.speculation is None or arm.deployment is None:
             continue
-        for method in _other_samplings(arm.speculation, version_of(arm.deployment)):
+        for method in other_samplings(arm.speculation, version_of(arm.deployment)):
             options = {**arm.speculation.options, "draft_sample_method": method}
             speculation = replace(arm.speculation, options=options)
             if all(other.speculation != speculation for other in arms):
@@ -132,11 +133,15 @@ def with_draft_sampling(design: StudyDesign, version_of: VersionOf) -> StudyDesi
     return _rebuilt(replace(design, arms=tuple(arms)), design.experiment)
 
 
-def _other_samplings(speculation: Speculation, version: str | None) -> tuple[str, ...]:
+def other_samplings(speculation: Speculation, version: str | None) -> tuple[str, ...]:
+    """Ways of sampling drafts that vLLM ``version`` has besides the one ``speculation`` uses.
+
+    None of an unknown version, and none where vLLM would not take the option.
+    """
     options = speculation.options
     if (
         version is None
-        or speculation.method not in _SAMPLES_ITS_DRAFTS
+        or speculation.method not in SAMPLES_ITS_DRAFTS
         or options.get("rejection_sample_method", "standard") != "standard"
         or options.get("use_heterogeneous_vocab")
     ):

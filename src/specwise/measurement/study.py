@@ -7,7 +7,6 @@ every record written as its request ends, and the counters are read again.
 
 from __future__ import annotations
 
-import math
 import statistics
 import threading
 import time
@@ -33,7 +32,7 @@ from specwise.domain import (
     TrialPart,
     Workload,
 )
-from specwise.errors import PromptError, ServerError, StoppedError, StoreError
+from specwise.errors import InputError, PromptError, ServerError, StoppedError, StoreError
 from specwise.measurement.arrivals import intended_times, parse_trace
 from specwise.measurement.fleet import Fleet
 from specwise.measurement.gpu import GpuSampler
@@ -42,6 +41,7 @@ from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_
 from specwise.measurement.store import StudyFolder, remaining
 from specwise.vllm import metrics
 from specwise.vllm.response import endpoint, request_body
+from specwise.vllm.server import EMBEDDED
 
 GAUGE_PERIOD_S = 1.0
 WARMUP_MAX_TOKENS = 8
@@ -51,10 +51,13 @@ REFUSALS_BEFORE_PAUSE = 10
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a study stands: ``done`` of ``total`` trials; ``to_go_s`` is None while unknown."""
+    """Where a study stands: ``done`` of ``total`` trials.
+
+    ``to_go_s`` is None while unknown, ``total`` where trials are chosen as it goes.
+    """
 
     done: int
-    total: int
+    total: int | None
     to_go_s: float | None
 
 
@@ -76,13 +79,13 @@ class Choice:
     """What a tuning wants next: the trial ``trial_id``, or no more trials where it is None.
 
     ``skip`` holds trials that will not be run, by id, with the reason; ``retire`` arms whose
-    servers can be stopped. ``reason`` and ``regret_bound`` are for the journal; ``to_go_s`` is
-    None while unknown.
+    servers can be stopped. ``reason`` and ``regret_bound`` (None: not known) are for the journal;
+    ``to_go_s`` is None while unknown.
     """
 
     trial_id: str | None
     reason: str
-    regret_bound: float = math.nan
+    regret_bound: float | None = None
     skip: Mapping[str, str] = field(default_factory=dict)
     retire: tuple[str, ...] = ()
     to_go_s: float | None = None
@@ -91,8 +94,9 @@ class Choice:
 Choose = Callable[[StudyData, Collection[str]], Choice]
 """The next trial, given what was measured so far and the arms whose servers are up."""
 
-MOST_SERVERS = 5
-"""Servers that a tuning holds in memory: it tries more arms than a machine could."""
+MOST_EMBEDDED_SERVERS = 5
+"""Servers of the embedded engine that are held in memory where there are more arms than fit."""
+_MOST_SERVERS = 2  # of any other engine: two arms fit wherever a study says that its arms do
 
 
 def conduct(
@@ -103,16 +107,25 @@ def conduct(
     stop: Callable[[], bool],
     skip: Skip | None = None,
     choose: Choose | None = None,
+    resume_command: str = "",
 ) -> None:
     """Measure what is left of the study in ``folder``: the whole job of ``specwise measure``.
 
     Relative paths of the study count from ``base``. Starts and stops the servers the design asks
     for. ``skip`` is asked before each load begins. With ``choose`` trials are not taken in the
-    design's order: it is asked before each one, and servers start when they are first needed.
+    design's order: it is asked before each one, servers start when they are first needed, and each
+    choice goes to the folder's journal. ``resume_command`` is what errors tell the user to go on
+    with, by default that of ``specwise measure``.
+
     Raises PromptError or InputError for a design that cannot be run here, ServerError or
     EngineError for servers that cannot, StoppedError when ``stop`` asked for it.
     """
     design = folder.design
+    if choose is None and design.experiment == "tune" and folder.picks():
+        raise InputError(
+            f"{folder.path} is the search of a tuning, which chooses its trials as it goes.",
+            f"Go on with `specwise tune --resume {folder.path.parent}`.",
+        )
     segments = [segment for segment in design.segments if not segment.same_prompts_as]
     sources = {s.name: load_source(s.prompts, base, template=s.template) for s in segments}
     texts = {name: source.prompts for name, source in sources.items()}
@@ -133,6 +146,7 @@ def conduct(
         for sentence in sentences:
             listener.note(f"segment {name}: {sentence}")
     folder.add_provenance({"prompts": digests, "prompt_notes": notes, "base": str(base)})
+    one_by_one = choose is not None or design.experiment == "tune"  # more arms than fit together
     with (
         folder.locked(),
         Fleet(
@@ -141,15 +155,28 @@ def conduct(
             log_path=folder.log_path,
             on_described=lambda arms: folder.add_provenance({"arms": arms}),
             note=listener.note,
-            most_servers=None if choose is None else MOST_SERVERS,
+            most_servers=_most_servers(design) if one_by_one else None,
         ) as fleet,
     ):
-        if choose is None:
+        if not one_by_one:
             fleet.start()
-            measure(folder, prompts, fleet, base=base, listener=listener, stop=stop, skip=skip)
-        else:
-            sitting = _Sitting(folder, prompts, fleet, base, listener, stop)
-            _measure_chosen(sitting, choose)
+        measure(
+            folder,
+            prompts,
+            fleet,
+            base=base,
+            listener=listener,
+            stop=stop,
+            skip=skip,
+            choose=choose,
+            resume_command=resume_command,
+        )
+
+
+def _most_servers(design: StudyDesign) -> int:
+    deployments = [arm.deployment for arm in design.arms if arm.deployment is not None]
+    embedded = all(deployment.engine == EMBEDDED for deployment in deployments)
+    return MOST_EMBEDDED_SERVERS if embedded else _MOST_SERVERS
 
 
 def measure(
@@ -161,21 +188,34 @@ def measure(
     listener: Listener,
     stop: Callable[[], bool],
     skip: Skip | None = None,
+    choose: Choose | None = None,
+    resume_command: str = "",
 ) -> None:
-    """Run every trial of ``folder`` that is neither complete nor skipped.
+    """Run every trial of ``folder`` that is neither complete nor skipped, or those ``choose`` asks.
 
     ``base`` is where a trace file's relative path counts from. Raises StoppedError when ``stop``
     asked for it, ServerError when a server cannot be brought back; both leave the folder ready to
     be resumed.
     """
-    sitting = _Sitting(folder, prompts, fleet, base, listener, stop)
-    design = folder.design
-    cells = {trial.trial_id: sitting.deal(trial) for trial in design.trials}
+    resume = resume_command or f"specwise measure --resume {folder.path}"
+    sitting = _Sitting(folder, prompts, fleet, base, listener, stop, resume)
+    cells = {trial.trial_id: sitting.deal(trial) for trial in folder.design.trials}
     for segment in prompts.reused:
         listener.note(
             f"segment {segment}: more requests than prompts, so some prompts are used twice "
             "(a prefix cache may answer them faster)"
         )
+    if choose is None:
+        _measure_in_order(sitting, cells, skip)
+    else:
+        _measure_chosen(sitting, cells, choose)
+
+
+_Cells = Mapping[str, tuple[ChosenPrompt, ...]]  # what to send, by trial id
+
+
+def _measure_in_order(sitting: _Sitting, cells: _Cells, skip: Skip | None) -> None:
+    folder, listener, design = sitting.folder, sitting.listener, sitting.design
     clock = _TrialClock(design)
     clock.done.update(trial.trial_id for trial in design.trials if folder.is_over(trial))
     asked_before: LoadPoint | None = None
@@ -192,63 +232,95 @@ def measure(
         listener.trial_finished(measured, clock.progress())
 
 
-def _measure_chosen(sitting: _Sitting, choose: Choose) -> None:
+def _measure_chosen(sitting: _Sitting, cells: _Cells, choose: Choose) -> None:
     """Run what ``choose`` asks for, trial by trial, and keep the journal.
 
     A trial that was interrupted is finished first. An arm whose server cannot be brought up, or
     fails again and again, is given up: its trials are skipped with the reason. Raises ServerError
-    if that is the baseline.
+    if that is the baseline. What was measured is read from the folder once.
     """
-    folder, fleet, listener = sitting.folder, sitting.fleet, sitting.listener
-    design = folder.design
-    cells = {trial.trial_id: sitting.deal(trial) for trial in design.trials}
+    folder, fleet, listener, design = (
+        sitting.folder, sitting.fleet, sitting.listener, sitting.design,
+    )  # fmt: skip
     by_id = {trial.trial_id: trial for trial in design.trials}
     study = folder.read()
-    begun = [t.trial for t in study.trials if not t.complete and not folder.is_over(t.trial)]
+    measured = {t.trial.trial_id: t for t in study.trials}
+    skipped = dict(study.skipped)
+    _complete_journal(folder, study)
+    interrupted = [i for i, t in measured.items() if not t.complete and i not in skipped]
     while True:
-        if begun:
-            choice = Choice(begun.pop().trial_id, "it was interrupted")
+        sitting.check_stop()
+        if interrupted:
+            choice = Choice(interrupted.pop(0), "it was interrupted")
         else:
-            sitting.check_stop()
-            choice = choose(study, fleet.running)
-        for arm in choice.retire:
-            if arm in fleet.running:
-                fleet.retire(arm)
-        _skip(folder, choice.skip, listener)
+            trials = tuple(measured[i] for i in by_id if i in measured)
+            choice = choose(replace(study, trials=trials, skipped=dict(skipped)), fleet.running)
+        for name in choice.retire:
+            fleet.retire(name)
+        skipped |= {i: choice.skip[i] for i in _skip(folder, choice.skip, listener)}
         if choice.trial_id is None:
             return
         trial = by_id[choice.trial_id]
-        starts = trial.arm not in fleet.running
-        done = len([t for t in study.trials if t.complete])
-        listener.trial_started(trial, Progress(done, len(design.trials), choice.to_go_s))
+        if folder.is_over(trial):
+            raise ValueError(f"{trial.trial_id} was chosen, but it is over")
+        done = sum(t.complete for t in measured.values())
+        earlier_s = _duration_s(measured[trial.trial_id]) if trial.trial_id in measured else 0.0
+        starts_s = fleet.start_s.get(trial.arm, 0.0)
         began = time.monotonic()
+        reason, result = choice.reason, None
         try:
-            measured = sitting.run_trial(trial, cells[trial.trial_id])
+            fleet.ready(design.arm(trial.arm))
+            listener.trial_started(trial, Progress(done, None, choice.to_go_s))
+            result = sitting.run_trial(trial, cells[trial.trial_id])
         except ServerError as error:
             if trial.arm == design.arms[0].name:
                 raise
+            reason = f"the server of arm {trial.arm} failed: {error.what}"
             listener.note(f"arm {trial.arm} is given up: {error}")
-            reason = f"the server of {trial.arm} failed: {str(error).splitlines()[0]}"
-            lost = {t.trial_id: reason for t in design.trials if t.arm == trial.arm}
-            _skip(folder, lost, Listener())
-            fleet.retire(trial.arm)
-            study = folder.read()
-            continue
-        took_s = time.monotonic() - began
-        start_s = min(fleet.start_s.get(trial.arm, 0.0), took_s) if starts else 0.0
+        start_s = fleet.start_s.get(trial.arm, 0.0) - starts_s
         folder.note_pick(
             PickRecord(
                 trial_id=trial.trial_id,
-                reason=choice.reason,
+                reason=reason,
                 regret_bound=choice.regret_bound,
-                started_server=starts,
+                started_server=start_s > 0,
                 start_s=start_s,
-                seconds=took_s - start_s,
+                seconds=earlier_s + max(0.0, time.monotonic() - began - start_s),
             )
         )
-        others = tuple(t for t in study.trials if t.trial.trial_id != trial.trial_id)
-        study = replace(study, trials=(*others, measured))
-        listener.trial_finished(measured, Progress(done + 1, len(design.trials), choice.to_go_s))
+        if result is None:
+            fleet.retire(trial.arm)
+            lost = {t.trial_id: reason for t in design.trials if t.arm == trial.arm}
+            skipped |= dict.fromkeys(_skip(folder, lost, listener), reason)
+            interrupted = [i for i in interrupted if i not in skipped]
+        else:
+            measured[trial.trial_id] = result
+            listener.trial_finished(result, Progress(done + 1, None, choice.to_go_s))
+
+
+def _complete_journal(folder: StudyFolder, study: StudyData) -> None:
+    """Add the trial that was complete when specwise was killed before it could note it."""
+    noted = {pick.trial_id for pick in folder.picks()}
+    for measured in study.trials:
+        if measured.complete and measured.trial.trial_id not in noted:
+            folder.note_pick(
+                PickRecord(
+                    trial_id=measured.trial.trial_id,
+                    reason="it was interrupted",
+                    regret_bound=None,
+                    started_server=False,
+                    start_s=0.0,
+                    seconds=_duration_s(measured),
+                )
+            )
+
+
+def _duration_s(measured: MeasuredTrial) -> float:
+    """How long a trial has run so far; a part that was killed counts up to its last record."""
+    ended: dict[int, float] = {}
+    for record in measured.records:
+        ended[record.part] = max(ended.get(record.part, 0.0), record.finished_s)
+    return sum((ended | {part.number: part.duration_s for part in measured.parts}).values())
 
 
 def _skip(folder: StudyFolder, reasons: Mapping[str, str], listener: Listener) -> set[str]:
@@ -274,6 +346,7 @@ class _Sitting:
     base: Path
     listener: Listener
     stop: Callable[[], bool]
+    resume: str  # the command to go on with
 
     @property
     def design(self) -> StudyDesign:
@@ -322,8 +395,7 @@ class _Sitting:
             raise ServerError(
                 f"The server of arm {trial.arm!r} failed {MAX_PARTS_PER_SITTING} times in trial "
                 f"{trial.trial_id}.{self.fleet.last_words(arm)}",
-                "Everything measured is kept. When the server is well, run "
-                f"`specwise measure --resume {self.folder.path}`.",
+                f"Everything measured is kept. When the server is well, run `{self.resume}`.",
             )
         with self.folder.recording(trial) as writer:
             writer.complete()
@@ -333,7 +405,7 @@ class _Sitting:
         if self.stop():
             raise StoppedError(
                 "Stopped; everything measured is kept.",
-                f"Go on with `specwise measure --resume {self.folder.path}`.",
+                f"Go on with `{self.resume}`.",
             )
 
     def _run_part(
