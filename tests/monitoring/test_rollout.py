@@ -175,7 +175,10 @@ def test_one_segment_needs_no_proxy() -> None:
     plan = note(won())
     assert not any("tap" in g.figure for g in plan.gates)
     assert not any("tap" in command for _, command in plan.commands)
-    assert "specwise watch --targets canary.txt --against 'my study' --state" in to_markdown(plan)
+    assert (
+        "specwise watch --targets canary.txt --against 'my study' --arm draft_model --s"
+        in to_markdown(plan)
+    )
 
 
 # --------------------------------------------------------------------------------- verdicts
@@ -235,6 +238,5 @@ def test_what_was_forced_or_simulated_is_said_first() -> None:
     plan = note(replace(assessment, study=predicted), forced=True)
     assert "simulation" in plan.warnings[0]
     assert "was asked for; the verdict is “on”" in plan.warnings[1]
-    assert any("--arm draft_model" in command for _, command in plan.commands)
     bare = to_markdown(note(assessment, complete=False))
     assert "address only: add this to its command" in bare

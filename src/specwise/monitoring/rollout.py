@@ -299,7 +299,7 @@ def _gates(expected: Expectations) -> tuple[Gate, ...]:
 def _commands(expected: Expectations, serving: Serving, folder: str) -> tuple[tuple[str, str], ...]:
     """What to run, as (why, command)."""
     study = shlex.quote(folder)
-    arm = f" --arm {shlex.quote(serving.arm)}" if serving.forced else ""
+    arm = f" --arm {shlex.quote(serving.arm)}"
     tap = " --tap" if len(expected.segments) > 1 else ""
     found = [
         (
