@@ -21,6 +21,11 @@ def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
     )
 
 
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def test_help_groups_the_commands_by_stage() -> None:
     out = run("--help").stdout
     assert [line.rstrip(":") for line in re.findall(r"^[A-Z]\w+:$", out, re.MULTILINE)] == [
@@ -61,14 +66,24 @@ def test_help_loads_nothing_heavy() -> None:
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )
+@pytest.mark.usefixtures("empty_folder")
 def test_bad_input_is_one_clear_error(
-    tmp_path: Path, arguments: list[str], code: int, message: str
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(*arguments, folder=tmp_path)
-    assert done.returncode == code
-    assert message in done.stderr
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_a_process_says_it_in_the_same_way(tmp_path: Path) -> None:
+    done = run("decide", "none", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("specwise: ")
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_the_example_study_can_be_planned(tmp_path: Path) -> None:

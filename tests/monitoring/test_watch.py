@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.monitoring.test_alerts import EXPECTED
 
+from specwise.cli.main import main
 from specwise.errors import InputError, StoreError
 from specwise.monitoring.exporter import Exporter, serving
 from specwise.monitoring.standing import Health
@@ -180,33 +180,47 @@ def test_the_exporter_says_what_was_found() -> None:
     assert frozenset({"acceptance_rate", "http://127.0.0.1:9"}) not in samples
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "specwise.cli.main", "watch", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
+COMMAND = [sys.executable, "-m", "specwise.cli.main", "watch"]
 
 
-def test_once_tells_cron_by_its_exit_code(tmp_path: Path) -> None:
+def once(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command, run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["watch", "--once", *arguments])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(left.value.code, int)
+    said = capsys.readouterr()
+    return left.value.code, said.out, said.err
+
+
+def test_once_tells_cron_by_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with replica(0.76) as good, replica(0.3) as bad:
-        fine = command(good.url, "--once", "--every", "0.2", "--json")
-        assert fine.returncode == 0, fine.stderr
-        (found,) = json.loads(fine.stdout)["replicas"]
+        code, said, errors = once(capsys, good.url, "--every", "0.2", "--json")
+        assert code == 0, errors
+        (found,) = json.loads(said)["replicas"]
         assert (found["health"], found["window"]["state"]) == ("healthy", "ok")
         assert found["acceptance_rate"] == pytest.approx(0.76)
         assert found["window"]["kv_use"] is None
-        wrong = command(good.url, bad.url, "--once", "--every", "0.2")
+        wrong = subprocess.run(
+            [*COMMAND, good.url, bad.url, "--once", "--every", "0.2"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert wrong.returncode == 1
         assert "unhealthy" in wrong.stdout
         state = str(tmp_path / "state.json")
-        first = command(good.url, "--once", "--every", "0.2", "--state", state, "--json")
-        again = command(good.url, "--once", "--every", "60", "--state", state, "--json")
-        assert [first.returncode, again.returncode] == [0, 0]  # the second did not wait
-    assert command(good.url, "--once", "--every", "0.1").returncode == 3
+        first = once(capsys, good.url, "--every", "0.2", "--state", state, "--json")
+        again = once(capsys, good.url, "--every", "60", "--state", state, "--json")
+        assert [first[0], again[0]] == [0, 0]  # the second did not wait
+    assert once(capsys, good.url, "--every", "0.1")[0] == 3
 
 
 def test_it_follows_a_file_of_targets_until_it_is_stopped(tmp_path: Path) -> None:
@@ -214,10 +228,7 @@ def test_it_follows_a_file_of_targets_until_it_is_stopped(tmp_path: Path) -> Non
     with replica(0.76) as one, replica(0.75) as two:
         targets.write_text(one.url)
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "specwise.cli.main", "watch"),
-                *("--targets", str(targets), "--every", "0.1", "--json"),
-            ],
+            [*COMMAND, "--targets", str(targets), "--every", "0.1", "--json"],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -246,8 +257,10 @@ def test_it_follows_a_file_of_targets_until_it_is_stopped(tmp_path: Path) -> Non
         (("http://a", "--against", "none"), "not a study folder"),
     ],
 )
-def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], message: str) -> None:
-    done = command(*arguments, "--once", "--every", "0.1")
-    assert done.returncode in (2, 3)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_clear_error(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = once(capsys, *arguments, "--every", "0.1")
+    assert code in (2, 3)
+    assert message in errors
+    assert "Traceback" not in errors
