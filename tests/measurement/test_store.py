@@ -15,9 +15,11 @@ from specwise.domain import (
     GaugeSample,
     GpuSeries,
     Outcome,
+    PickRecord,
     RequestRecord,
     StudyDesign,
     TrialPart,
+    TuneSettings,
 )
 from specwise.errors import StoreError
 from specwise.measurement.design import bundled_study, parse_study
@@ -122,6 +124,52 @@ def test_a_torn_last_line_costs_that_request_only(
     with folder.recording(TRIAL) as writer:
         writer.request(replace(RECORD, index=2))
     assert [r.index for r in folder.read_trial(TRIAL).records] == [0, 2]
+
+
+def test_a_line_torn_behind_a_brace_is_torn_too(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    with folder.recording(TRIAL) as writer:
+        writer.request(RECORD)
+    path = folder.trial_folder(TRIAL) / "requests.jsonl"
+    line = path.read_bytes()
+    inner = line.index(b"}") + 1
+    assert inner < len(line) - 2, "the end of the acceptance counts, not of the record"
+    path.write_bytes(line + line[:inner])
+    assert folder.read_trial(TRIAL).records == (RECORD,)
+
+
+PICK = PickRecord("0001", "the baseline", None, started_server=True, start_s=4.0, seconds=2.5)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_the_journal_of_a_tuning_outlives_a_torn_line(tmp_path: Path, cut: int) -> None:
+    folder = folder_at(tmp_path)
+    assert folder.picks() == ()
+    folder.note_pick(PICK)
+    path = folder.path / "picks.jsonl"
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:cut])
+    assert StudyFolder.open(folder.path).picks() == (PICK,)
+    second = replace(PICK, trial_id="0002", regret_bound=0.08)
+    folder.note_pick(second)
+    assert StudyFolder.open(folder.path).picks() == (PICK, second)
+
+
+def test_other_settings_open_what_a_tuning_skipped(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    folder.skip(TRIAL, "the search is over")
+    folder.change_settings(TuneSettings(0.01, 60.0))
+    again = StudyFolder.open(folder.path)
+    assert again.design == replace(DESIGN, tune=TuneSettings(0.01, 60.0))
+    assert not again.is_over(TRIAL)
+
+
+def test_designs_written_before_there_were_tunings_are_read(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    path = folder.path / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["design"]["tune"]
+    path.write_text(json.dumps(manifest))
+    assert StudyFolder.open(folder.path).design == DESIGN
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:

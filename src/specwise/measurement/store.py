@@ -296,6 +296,14 @@ def _end_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
+def _is_torn(line: bytes) -> bool:
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return True
+    return False
+
+
 def _read_lines(path: Path, adapter: TypeAdapter[_Line]) -> Iterator[_Line]:
     try:
         lines = path.read_bytes().split(b"\n")
@@ -309,8 +317,8 @@ def _read_lines(path: Path, adapter: TypeAdapter[_Line]) -> Iterator[_Line]:
         try:
             yield adapter.validate_json(line)
         except ValidationError as error:
-            if not line.endswith(b"}"):
-                continue  # torn by a crash; the request counts as not sent
+            if _is_torn(line):
+                continue  # by a crash; the request counts as not sent
             raise StoreError(
                 f"{path} line {number} is not a record of this schema: {error.errors()[0]['msg']}.",
                 "Remove that line to go on without the request.",
