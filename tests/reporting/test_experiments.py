@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tests.analysis.experiment_studies import Request, Truth, experiment_design, experiment_study
+from tests.analysis.synthetic import C16, demo_design, demo_study
 from tests.reporting.browser import Browser, chromium
 from tests.reporting.test_html import CONTRASTS, overlapping
 
@@ -210,9 +211,7 @@ def test_skipped_trials_are_said_and_are_not_missing(pages: dict[str, Path]) -> 
 
 
 def test_a_plain_study_has_no_such_page(tmp_path: Path) -> None:
-    from tests.analysis.synthetic import demo_study
-
-    plain = assess(demo_study())
+    plain = assess(demo_study(demo_design(loads=(C16,))))
     assert plain.experiment is None
     assert 'id="experiment"' not in render_report(plain, tmp_path)
     assert assessment_to_dict(plain)["experiment"] is None
