@@ -527,6 +527,24 @@ def test_a_client_that_is_held_up_says_so() -> None:
     assert any("after their time" in limit for limit in run.limits)
 
 
+def test_a_client_that_is_held_up_keeps_the_times_of_what_arrived() -> None:
+    times = tuple(i * 0.02 for i in range(40))
+    with scripted_server_process(Script(first_s=0.06, gap_s=0.04, chunks=3)) as server:
+        run, records = load(
+            server.url,
+            plan(40, times=times),
+            concurrency=None,
+            on_record=lambda _record: time.sleep(0.015),
+        )
+        log = server.log()
+    assert run.client.loop_lag_s_p99 > 0.01
+    start_s = matching_start(records, log)
+    true_s = sorted(at_s - start_s for served in log for at_s in served.chunk_sent_s)
+    seen_s = sorted(at_s for record in records for at_s in record.chunk_s)
+    errors_s = [abs(true - seen) for true, seen in zip(true_s, seen_s, strict=True)]
+    assert percentile(errors_s, 0.9) < 0.005
+
+
 def test_a_client_that_uses_up_its_core_says_so() -> None:
     def burn(_record: RequestRecord) -> None:
         until_s = time.thread_time() + 0.02

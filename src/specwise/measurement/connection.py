@@ -25,13 +25,13 @@ import httptools
 
 from specwise.domain import Outcome
 from specwise.errors import InputError
-
-Clock = Callable[[], float]
+from specwise.measurement.receiver import Clock, Receiver
 
 # uvicorn, which serves vLLM, closes a connection after 5 s without a request: stay clear of that.
 _MAX_IDLE_S = 3.0
 _MAX_BODY_BYTES = 256 * 2**20
 _CONNECT_TIMEOUT_S = 20.0
+_STEADY_PIECES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,8 @@ class Connection(asyncio.Protocol):
         self._poller = select.poll()
         self._poller.register(sock.fileno(), select.POLLIN | select.POLLRDHUP)
         self._transport: Any = None
+        self._receiver: Receiver | None = None
+        self._received_as = -1
         self._parser: Any = None
         self._exchange: Exchange | None = None
         self._on_end: Callable[[], None] | None = None
@@ -131,6 +133,7 @@ class Connection(asyncio.Protocol):
         self._times_s: list[float] = []
         self._pieces: list[bytes] = []
         self._room_bytes = 0
+        self._steady = False
         self._needs_attention = False
         self._decoder: Any = None
         self._decoded = 0
@@ -152,16 +155,35 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
         self._room_bytes = _MAX_BODY_BYTES
-        self._needs_attention = False
+        self._steady = self._receiver is None
+        self._needs_attention = not self._steady
         self._decoder = None
         self._decoded = 0
         self._fault = None
         self._acked_before = self._acknowledged_bytes() if self._served else -1
+        if self._receiver is not None and self._served:
+            self._acknowledge_at_once(True)
         exchange.sent_s = self._clock()
         if self._transport.is_closing():
             self.connection_lost(None)
         else:
-            self._transport.write(request)
+            self._write(request)
+
+    def _write(self, request: bytes) -> None:
+        taken = 0
+        if self._receiver is not None and self._transport.get_write_buffer_size() == 0:
+            # At once: the transport writes only at the end of the event loop's turn.
+            with contextlib.suppress(OSError):  # which the transport will meet as well
+                taken = self._socket.send(request)
+        if taken < len(request):
+            self._transport.write(request[taken:])
+
+    def read_by(self, receiver: Receiver) -> None:
+        """Have what arrives read by ``receiver`` from now on, instead of the event loop."""
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._receiver = receiver
+            self._received_as = receiver.add(self._socket, self.receive, self._closed)
 
     def give_up(self) -> None:
         """Close at once, and never call ``on_end``."""
@@ -185,7 +207,13 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once."""
         self._keep_alive = False
+        self._leave_receiver()
         self._transport.abort()
+
+    def _leave_receiver(self) -> None:
+        if self._receiver is not None:
+            self._receiver.remove(self._received_as)
+            self._receiver = None
 
     # --- asyncio ---------------------------------------------------------------------------
 
@@ -195,9 +223,13 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop with each read."""
-        at_s = self._clock()
+        self.receive(data, self._clock())
+
+    def receive(self, data: bytes, at_s: float) -> None:
+        """Take the bytes that arrived at ``at_s``."""
+        feed = self._feed  # called as an attribute, it would be looked up anew each time
         try:
-            self._feed(data)
+            feed(data)
         except httptools.HttpParserUpgrade:
             self._fail("the server switched to another protocol")
         except httptools.HttpParserError:
@@ -217,6 +249,10 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
+        if not self._steady and len(exchange.pieces) > _STEADY_PIECES:
+            self._steady = True
+            self._needs_attention = self._decoder is not None
+            self._acknowledge_at_once(False)
         if self._decoder is not None:
             self._decode(exchange.pieces)
         if self._room_bytes < 0:
@@ -240,10 +276,16 @@ class Connection(asyncio.Protocol):
         """Nothing was asked: this peer is out of step."""
         self.abort()
 
+    def _closed(self, error: OSError | None) -> None:
+        """Called by the receiver: the peer sends no more."""
+        self.connection_lost(error)
+        self._transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop when the connection is gone."""
         now_s = self._clock()
         self._keep_alive = False
+        self._leave_receiver()
         exchange = self._exchange
         if exchange is None:
             return
@@ -329,6 +371,17 @@ class Connection(asyncio.Protocol):
             self.abort()
         on_end()
 
+    def _acknowledge_at_once(self, at_once: bool) -> None:
+        """Have the kernel acknowledge every segment that is read, or (tcp(7)) every second one.
+
+        At once until a stream runs steadily: a server that waits for acknowledgements before it
+        sends more (Nagle's algorithm) must not have its first token delayed by them. Later on,
+        acknowledging would take the kernel as long as receiving does. It goes back to
+        acknowledging at once by itself if the next segment takes longer than 40 ms.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, at_once)
+
     def _acknowledged_bytes(self) -> int:
         """Bytes that the peer's kernel has taken in on this connection; -1 if it cannot be told.
 
@@ -356,6 +409,7 @@ class ConnectionPool:
         self._all: set[Connection] = set()
         self._openers: set[asyncio.Task[None]] = set()
         self._addresses: list[tuple[int, Any]] = []
+        self._receiver: Receiver | None = None
         self._tls: ssl.SSLContext | None = None
         if origin.tls:
             self._tls = ssl.create_default_context()
@@ -404,6 +458,9 @@ class ConnectionPool:
         for connection in tuple(self._all):
             self.discard(connection)
         self._idle.clear()
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
         # Transports close in the event loop's next iterations.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -437,6 +494,10 @@ class ConnectionPool:
         except TimeoutError as error:
             raise TimeoutError(f"no connection within {_CONNECT_TIMEOUT_S:g} s") from error
         self._all.add(connection)
+        if self._tls is None:
+            if self._receiver is None:
+                self._receiver = Receiver(self._clock)
+            connection.read_by(self._receiver)
         return connection
 
     async def _connect(self) -> socket.socket:

@@ -9,13 +9,11 @@ proves to have been closed before the server's machine took in a byte of the req
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import gc
 import os
 import resource
 import ssl
-import struct
 import sys
 import time
 from collections import deque
@@ -28,8 +26,8 @@ import uvloop
 
 from specwise.domain import ClientHealth, Outcome, RequestRecord
 from specwise.errors import InputError
+from specwise.measurement.alarm import Alarm
 from specwise.measurement.connection import (
-    Clock,
     Connection,
     ConnectionPool,
     Exchange,
@@ -37,6 +35,7 @@ from specwise.measurement.connection import (
     request_head,
 )
 from specwise.measurement.outcome import outcome_of, presentable
+from specwise.measurement.receiver import Clock
 from specwise.vllm.response import StreamedResponse, StreamReader
 
 _TICK_S = 0.01
@@ -273,8 +272,8 @@ class _Run:
         cpu_before_s = time.thread_time()
         self._started_at = datetime.now(UTC).isoformat()
         self._start_s = self._clock()
-        self._tick_alarm = _Alarm(partial(self._guard, self._tick))
-        self._send_alarm = _Alarm(partial(self._guard, self._send_due))
+        self._tick_alarm = Alarm(partial(self._guard, self._tick))
+        self._send_alarm = Alarm(partial(self._guard, self._send_due))
         self._set_tick()
         if self._concurrency is None:
             self._send_due()
@@ -584,41 +583,6 @@ def _make_room_for_connections(count: int) -> None:
     finally:
         os.close(read_end)
         os.close(write_end)
-
-
-class _Alarm:
-    """Calls back after a time kept to the microsecond: event loops round theirs to a millisecond.
-
-    A Linux timerfd, by way of the C library where Python (before 3.13) has no call for it.
-    """
-
-    def __init__(self, on_time: Callable[[], None]) -> None:
-        self._on_time = on_time
-        self._loop = asyncio.get_running_loop()
-        self._fd = _LIBC.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "timerfd_create failed")
-        self._loop.add_reader(self._fd, self._fire)
-
-    def set(self, delay_s: float) -> None:
-        """Call back ``delay_s`` seconds (at least a microsecond) from now, once."""
-        seconds, nanoseconds = divmod(max(1000, int(delay_s * 1e9)), 10**9)
-        setting = _TIMER_SETTING.pack(0, 0, seconds, nanoseconds)
-        if _LIBC.timerfd_settime(self._fd, 0, setting, None) != 0:
-            raise OSError(ctypes.get_errno(), "timerfd_settime failed")
-
-    def close(self) -> None:
-        """Release the timer."""
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)
-
-    def _fire(self) -> None:
-        os.read(self._fd, 8)
-        self._on_time()
-
-
-_TIMER_SETTING = struct.Struct("@llll")
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
