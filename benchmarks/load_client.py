@@ -2,10 +2,11 @@
 
 A scripted server (``load_server.py``) on one core keeps the truth: when it read each request and
 when it sent the first and the last chunk. Each client (``load_clients.py``) runs in a process of
-its own on another core, alternated over the rounds, on the same open-loop Poisson load. Printed per
-client: TTFT p50 and p99 beside the server's, CPU seconds of the whole process per 1,000 chunks,
-start-up until the server read the first request, and lateness; medians over rounds, with their
-range, and ratios to specwise. ``bound`` is what receiving the bytes alone costs in Python.
+its own on another core, alternated over the rounds, on the same open-loop Poisson load, at the same
+times (`vllm bench serve` draws its own). Printed per client: TTFT p50 and p99 beside the server's,
+CPU seconds of the whole process per 1,000 chunks, start-up until the server read the first request,
+and lateness; medians over rounds, with their range, and ratios to specwise. ``bound`` is what a
+uvloop protocol costs that counts the bytes it is handed and does nothing else.
 
     python benchmarks/load_client.py [--rounds 3] [--vllm-python PATH --tokenizer FOLDER]
 
@@ -29,7 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from load_clients import CHUNKS
+
+from specwise.measurement.arrivals import intended_times
 
 # What `vllm bench serve` runs, without the entry point, which the CPU distribution breaks.
 VLLM_BENCH = """
@@ -141,10 +145,15 @@ def compare(
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for label, rate in loads:
         for turn in range(options.rounds):
-            for client in clients if turn % 2 == 0 else clients[::-1]:
-                count = max(50, int(rate * options.seconds))
-                setting = {"url": url, "rate": rate, "count": count, "seed": turn}
-                rows.setdefault((label, client), []).append(measure(client, setting, options))
+            count = max(50, int(rate * options.seconds))
+            setting = {"url": url, "rate": rate, "count": count, "seed": turn}
+            with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+                times_s = intended_times("poisson", rate, count, np.random.default_rng(turn))
+                json.dump(times_s, file)
+                file.flush()
+                setting["times_file"] = file.name
+                for client in clients if turn % 2 == 0 else clients[::-1]:
+                    rows.setdefault((label, client), []).append(measure(client, setting, options))
         for client in clients:
             print_row(label, client, rows[label, client], rows[label, clients[0]])
     return rows

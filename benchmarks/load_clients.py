@@ -3,8 +3,9 @@
     python benchmarks/load_clients.py specwise|aiohttp|bound '{"url": ..., "rate": ...}'
 
 sends ``count`` requests at Poisson times and prints what the client saw and the processor time of
-the whole process as JSON. ``bound`` is the least that a Python client can do: a uvloop protocol
-that counts the bytes it is handed, and reads, stores and checks nothing.
+the whole process as JSON; with ``times_file``, the send times are read from there, so that all
+clients send at the same ones. ``bound`` is what a uvloop protocol costs that counts the bytes it is
+handed, and reads, stores and checks nothing.
 
 Imports stand inside: what a client does not need must not count against its start-up.
 """
@@ -15,6 +16,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 CHUNKS = 64
@@ -22,20 +24,14 @@ PROMPT = "word " * 32
 
 
 def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np  # noqa: PLC0415
-
     from specwise.domain import Api, RequestRecord  # noqa: PLC0415
-    from specwise.measurement.arrivals import intended_times  # noqa: PLC0415
     from specwise.measurement.load import PlannedRequest, Target, run_load  # noqa: PLC0415
     from specwise.vllm.response import endpoint, request_body  # noqa: PLC0415
 
     body = request_body(Api.CHAT, model="m", prompt=PROMPT, max_tokens=CHUNKS, temperature=0.0)
-    times = intended_times(
-        "poisson", setting["rate"], setting["count"], np.random.default_rng(setting["seed"])
-    )
     plan = [
         PlannedRequest(i, f"p{i}", "s", 0.0, endpoint(Api.CHAT), body, t)
-        for i, t in enumerate(times)
+        for i, t in enumerate(send_times(setting))
     ]
     records: list[RequestRecord] = []
     run = run_load(
@@ -58,11 +54,9 @@ def specwise_client(setting: dict[str, Any]) -> dict[str, Any]:
 
 def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
     import asyncio  # noqa: PLC0415
-    import random  # noqa: PLC0415
 
     import aiohttp  # noqa: PLC0415
 
-    rng = random.Random(setting["seed"])  # noqa: S311
     ttft_s, lateness_s = [], []
 
     async def one(session: aiohttp.ClientSession, due_s: float) -> None:
@@ -85,10 +79,11 @@ def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
     async def run() -> None:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
-            due_s = time.perf_counter()
+            times_s = send_times(setting)
+            start_s = time.perf_counter()
             tasks = []
-            for _ in range(setting["count"]):
-                due_s += rng.expovariate(setting["rate"])
+            for intended_s in times_s:
+                due_s = start_s + intended_s
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
                 tasks.append(asyncio.create_task(one(session, due_s)))
             await asyncio.gather(*tasks)
@@ -100,11 +95,9 @@ def aiohttp_client(setting: dict[str, Any]) -> dict[str, Any]:
 def bound_client(setting: dict[str, Any]) -> dict[str, Any]:
     import asyncio  # noqa: PLC0415
     import gc  # noqa: PLC0415
-    import random  # noqa: PLC0415
 
     import uvloop  # noqa: PLC0415
 
-    rng = random.Random(setting["seed"])  # noqa: S311
     host, port = setting["url"].removeprefix("http://").split(":")
     body = json.dumps(_body()).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: %b\r\nContent-Length: %d\r\n\r\n%b" % (
@@ -143,10 +136,11 @@ def bound_client(setting: dict[str, Any]) -> dict[str, Any]:
             await counter.perform()
             idle.append(counter)
 
-        due_s = time.perf_counter()
+        times_s = send_times(setting)
+        start_s = time.perf_counter()
         tasks = []
-        for _ in range(setting["count"]):
-            due_s += rng.expovariate(setting["rate"])
+        for intended_s in times_s:
+            due_s = start_s + intended_s
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             tasks.append(loop.create_task(one(due_s)))
         await asyncio.gather(*tasks)
@@ -155,6 +149,19 @@ def bound_client(setting: dict[str, Any]) -> dict[str, Any]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
     return {"ttft_s": [], "lateness_s": lateness_s, "failed": setting["count"] - len(lateness_s)}
+
+
+def send_times(setting: dict[str, Any]) -> tuple[float, ...]:
+    """When to send, from the start: drawn beforehand, as a study does, or else here."""
+    if "times_file" in setting:
+        return tuple(json.loads(Path(setting["times_file"]).read_bytes()))
+    import numpy as np  # noqa: PLC0415
+
+    from specwise.measurement.arrivals import intended_times  # noqa: PLC0415
+
+    return intended_times(
+        "poisson", setting["rate"], setting["count"], np.random.default_rng(setting["seed"])
+    )
 
 
 def _body() -> dict[str, Any]:
