@@ -105,6 +105,9 @@ def test_from_a_study_at_more_loads_and_draft_lengths(study: Path, tmp_path: Pat
     assert {s["load"]["value"] for s in found["serving"]} == {1, 4, 16, 32, 64}
     page = (tmp_path / "p").read_text()
     assert "its own servers" in page
+    assert "was measured, as the one acceptance" in page
+    assert "if acceptance is as assumed" not in page
+    assert any("fitted to" in note for note in found["notes"])
     assert "fitted to" in page
     asked = run("predict", "--from", str(study), "--concurrency", "8,128")
     assert asked.returncode == 0

@@ -69,14 +69,14 @@ def forecast() -> Forecast:
     )
 
 
-def printed(forecast: Forecast, encoding: str = "utf-8") -> str:
+def printed(forecast: Forecast, encoding: str = "utf-8", width: int = 100) -> str:
     class Terminal(StringIO):
         @property
         def encoding(self) -> str:  # type: ignore[override]
             return encoding
 
     out = Terminal()
-    print_forecast(forecast, Console(file=out, width=100))
+    print_forecast(forecast, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -105,6 +105,28 @@ def test_equal_acceptance_emits_as_many_tokens_as_what_is_assumed(forecast: Fore
     for row in forecast.batches:
         gains = row.break_even is not None and held_by[row.candidate] > row.break_even
         assert gains == (row.speedup > 1)
+
+
+def test_a_narrow_terminal_shows_whole_names_and_fewer_columns(forecast: Forecast) -> None:
+    assert printed(forecast, width=100).count("P99") == 2
+    narrow = printed(forecast, width=72)
+    assert "P99" not in narrow
+    assert "…" not in narrow
+    assert "draft_model" in narrow.split("Load", 1)[1]
+
+
+def test_of_many_arms_the_best_is_the_headline(forecast: Forecast, tmp_path: Path) -> None:
+    effects = forecast.assessment.effects
+    [ngram] = [
+        e
+        for e in effects
+        if (e.metric, e.arm, e.load, e.segment)
+        == ("speedup", "ngram", forecast.scenario.production, None)
+    ]
+    more = [replace(ngram, arm=f"ngram, k={k}", ratio=1 + k / 10) for k in (1, 2)]
+    assessment = replace(forecast.assessment, effects=(*effects, *more))
+    write_forecast(replace(forecast, assessment=assessment), tmp_path / "page.html")
+    assert "ngram, k=2 1.20x, the best of 4, at" in (tmp_path / "page.html").read_text()
 
 
 def test_json_is_complete(forecast: Forecast) -> None:

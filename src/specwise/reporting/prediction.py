@@ -33,6 +33,7 @@ CAUTION: Final = (
     "Predicted, not measured. Use it to choose what to measure: acceptance is an assumption here "
     "until you measure it."
 )
+_MANY: Final = 3
 EXTRAPOLATED: Final = (
     "Predicted, not measured. Costs and acceptance are the study's own; the further a load or a "
     "draft length lies from what it ran, the less this is worth."
@@ -234,11 +235,11 @@ def render_forecast(forecast: Forecast) -> str:
     assessment, scenario = forecast.assessment, forecast.scenario
     styles = arm_styles(assessment.study.design.arms)
     production = scenario.production
-    headline = "; ".join(
-        f"{e.arm} {ratio(e.ratio)}"
-        for e in forecast.speedups
-        if e.load == production and e.segment is None
-    )
+    here = [e for e in forecast.speedups if e.load == production and e.segment is None]
+    headline = "; ".join(f"{e.arm} {ratio(e.ratio)}" for e in here)
+    if len(here) > _MANY:
+        best = max(here, key=lambda e: e.ratio)
+        headline = f"{best.arm} {ratio(best.ratio)}, the best of {len(here)},"
     return page_template("prediction.html").render(
         w=wording,
         scenario=scenario,
