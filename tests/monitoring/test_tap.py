@@ -355,6 +355,73 @@ def test_an_upgraded_connection_is_passed_through() -> None:
         assert sock.recv(100) == b"cba\x00"
 
 
+def test_the_upstream_is_connected_with_the_client_before_any_request() -> None:
+    connected, gone = threading.Event(), threading.Event()
+
+    def upstream(sock: socket.socket) -> None:
+        connected.set()
+        assert sock.recv(1) == b""
+        gone.set()
+
+    with raw_upstream(upstream) as url, tapped(url) as tap:
+        with socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10):
+            assert connected.wait(5)
+            assert not gone.is_set()
+        assert gone.wait(5)
+    assert tap.records == []
+
+
+def test_a_connection_on_which_nothing_was_asked_ends_when_the_upstream_ends_it() -> None:
+    with (
+        raw_upstream(lambda _: None) as url,
+        tapped(url) as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+    ):
+        assert sock.recv(1) == b""
+
+
+def test_an_upstream_that_came_after_the_client_is_tried_once_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with (
+        tapped(f"http://127.0.0.1:{port}") as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock,
+    ):
+        sock.sendall(b"GET / HT")  # of which the head is not here when connecting fails
+        wait_until(lambda: tap.tap.clients and tap.tasks() == 1)
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            sock.sendall(b"TP/1.1\r\nHost: x\r\n\r\n")
+            upstream, _ = listener.accept()
+            with upstream:
+                head, _ = read_head(upstream)
+                upstream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                received = b""
+                while not received.endswith(b"ok"):
+                    received += sock.recv(1000)
+    assert head.startswith(b"GET / HTTP/1.1\r\n")
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_client_that_never_asks_is_let_go_and_one_that_asked_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specwise.monitoring.tap._IDLE_S", 0.2)
+    with (
+        ScriptedServer(Script(fault="status", status=404)) as server,
+        tapped(server.url) as tap,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as kept,
+        socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as silent,
+    ):
+        for _ in range(2):
+            kept.sendall(request(close=False))
+            received = b""
+            while not received.endswith(b"}"):
+                received += kept.recv(1000)
+            assert received.startswith(b"HTTP/1.1 404 ")
+            with suppress(ConnectionError):
+                assert silent.recv(1) == b""
+
+
 def test_an_idle_connection_that_the_upstream_closes_is_closed_for_the_client_too() -> None:
     def upstream(sock: socket.socket) -> None:
         read_head(sock)

@@ -1,12 +1,12 @@
 """A transparent reverse proxy that measures each completion request on its way.
 
-Every client connection has an upstream connection of its own, opened with its first request, and
-they end together. So connection headers, keep-alive, idle timeouts, half-read answers and upgrades
-mean what they mean without tap, no request is ever sent twice, and there is no pool whose
-connections could go stale. Heads are parsed and written again as they were; bodies pass on piece
-by piece, in both directions, as fast as the slower side takes them. Framing is written anew from
-what the parser (llhttp, by way of httptools) understood, so that both sides agree on where a
-message ends.
+Every client connection has an upstream connection of its own: tap opens it on accepting the client,
+so that it stands by the time the first request comes, and they end together. So connection headers,
+keep-alive, idle timeouts, half-read answers and upgrades mean what they mean without tap, no
+request is ever sent twice, and there is no pool whose connections could go stale. Heads are parsed
+and written again as they were; bodies pass on piece by piece, in both directions, as fast as the
+slower side takes them. Framing is written anew from what the parser (llhttp, by way of httptools)
+understood, so that both sides agree on where a message ends.
 
 Written on asyncio protocols and not on an HTTP framework because a burst is the normal case: an
 engine step ends for 200 streams at once, and what each costs adds up in the TTFT of the last.
@@ -144,9 +144,8 @@ class Tap:
         """Close connections that never send a request, or never take the last of an answer."""
         now_s = self.clock()
         for client in tuple(self.clients):
-            idle = client.upstream is None and not client.exchanges
             allowed_s = _LINGER_S if client.closing else _IDLE_S
-            if (idle or client.closing) and client.since_s < now_s - allowed_s:
+            if (client.silent or client.closing) and client.since_s < now_s - allowed_s:
                 client.abort()
         self._sweeper = self.loop.call_later(_IDLE_S / 4, self._sweep)
 
@@ -194,6 +193,7 @@ class _Client(asyncio.Protocol):
         self.upstream: _Upstream | None = None
         self.exchanges: deque[_Exchange] = deque()  # the first is being answered
         self.since_s = tap.clock()
+        self.silent = True  # no request has begun
         self.tunnel = False
         self.closing = False
         self._connecting: asyncio.Task[None] | None = None
@@ -208,6 +208,7 @@ class _Client(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=_BUFFER_BYTES)
         self.tap.clients.add(self)
+        self._connecting = self.tap.loop.create_task(self._connect())
 
     def data_received(self, data: bytes) -> None:
         if self.closing:
@@ -256,6 +257,7 @@ class _Client(asyncio.Protocol):
     # --- the parser --------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self.silent = False
         self.exchanges.append(_Exchange())
         self._in_head = True
         self._headers = []
@@ -340,7 +342,7 @@ class _Client(asyncio.Protocol):
     def _begin(self, exchange: _Exchange) -> None:
         upstream = self.upstream
         if upstream is None:
-            if self._connecting is None:
+            if self._connecting is None:  # it failed before there was a request: try once more
                 self._connecting = self.tap.loop.create_task(self._connect())
             return
         upstream.begin(exchange)
@@ -376,6 +378,8 @@ class _Client(asyncio.Protocol):
                     server_hostname=origin.host if self.tap.tls else None,
                 )
         except (OSError, TimeoutError):
+            if not self._has_request:
+                return
             self.end_all(Outcome.REFUSED, status=502)
             self._refuse(_NO_UPSTREAM)
             return
@@ -385,8 +389,14 @@ class _Client(asyncio.Protocol):
             upstream.transport.abort()
             return
         self.upstream = upstream
-        self._begin(self.exchanges[0])
+        if self._has_request:
+            self._begin(self.exchanges[0])
         self.release(_CONNECTING)
+
+    @property
+    def _has_request(self) -> bool:
+        """Whether the head of the request to be answered next is here."""
+        return bool(self.exchanges and self.exchanges[0].head)
 
     def _refuse(self, answer: bytes) -> None:
         """Answer in the upstream's place and close."""
@@ -412,7 +422,7 @@ class _Client(asyncio.Protocol):
                 return
         if len(self.exchanges) <= 1:
             self.release(_PIPELINED)
-        if self.exchanges and self.exchanges[0].head:
+        if self._has_request:
             self._begin(self.exchanges[0])
             self.release(_CONNECTING)
 
