@@ -321,8 +321,7 @@ def tune_truth(
     standing = chosen.standing
     ways = family_standings(design, standing, measured)
     confirmations: tuple[Confirmation, ...] = ()
-    way = to_confirm(ways, tolerance)
-    if way is not None:
+    for way in to_confirm(ways, tolerance):
         confirming = confirmation_design(design, way, repeats=6)
         confirming = replace(
             confirming,
@@ -331,8 +330,11 @@ def tune_truth(
         ran: list[MeasuredTrial] = []
         while (following := next_confirmation(_study(confirming, ran))) is not None:
             ran.append(played.run(confirming, following))
-        confirmations = confirm(_study(confirming, ran), way.family)
+        confirmations += confirm(_study(confirming, ran), way.family)
+        if any(c.outcome == "confirmed" for c in confirmations):
+            break
     answer = recommend(
+        design,
         standing,
         ways,
         confirmations,

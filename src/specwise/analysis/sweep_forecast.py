@@ -81,7 +81,8 @@ def forecast_sweep(
 ) -> SweepForecast:
     """The forecast from the complete trials in ``measured``; ``families`` are arms by family.
 
-    Empty until the baseline has run at three loads or more. Pure and deterministic.
+    Empty until a few kinds of steps of the baseline and of a speculating arm have been seen. Pure
+    and deterministic.
     """
     by_arm = _by_arm(measured)
     baseline = design.arms[0]

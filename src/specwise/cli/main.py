@@ -28,6 +28,7 @@ STAGES: dict[str, dict[str, str]] = {
     "Measure": {
         "measure": "What happens, arm against arm, at my load?",
         "verify": "Is the output unchanged by speculation?",
+        "tune": "Which draft length at which load? Finds it, and confirms a schedule.",
     },
     "Decide": {
         "decide": "So: on, off, or measure more?",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specwise.analysis.cells import Cells, cells
 from specwise.analysis.comparison import Effect, speedup_effects
@@ -26,6 +27,8 @@ from specwise.measurement.trials import order_trials
 
 KEPT = 0.97
 """What a schedule must keep of the better of the baseline and the best static arm, at each load."""
+_CLEARLY = 0.98
+_ROOM = 0.95
 FEWEST_REPEATS = 2
 SCHEDULED = "scheduled"
 
@@ -45,6 +48,7 @@ class FamilyStanding:
     static_gain: float
     schedule: Composed | None
     scheduled_gain: float
+    least: float
     idle_price: tuple[tuple[LoadPoint, float, float, float], ...]
     note: str
 
@@ -89,11 +93,24 @@ def family_standings(
                 static_gain=static_gain,
                 schedule=composed,
                 scheduled_gain=math.exp(composed.gain) if composed else math.nan,
+                least=_least(design, composed, {a: gains[a] for a in arms}, static),
                 idle_price=_idle_price(standing, design, idle[0], loads) if idle else (),
                 note=note,
             )
         )
     return tuple(sorted(found, key=lambda f: -f.gain))
+
+
+def _least(
+    design: StudyDesign,
+    composed: Composed | None,
+    gains: Mapping[str, NDArray[np.float64]],
+    static: str,
+) -> float:
+    if composed is None:
+        return math.exp(float(gains[static].min()))
+    by_k = {_k(design, arm): values for arm, values in gains.items()}
+    return math.exp(min(float(by_k[k][j]) for j, k in enumerate(composed.lengths)))
 
 
 def no_schedule_reason(design: StudyDesign, family: str) -> str:
@@ -180,11 +197,14 @@ def confirmation_design(
     )
 
 
-def to_confirm(ways: Sequence[FamilyStanding], tolerance: float) -> FamilyStanding | None:
-    """The way to speculate that is worth confirming: the best, if it gains more than the tolerance
-    (an average over the loads); None if nothing does."""
-    best = max(ways, key=lambda way: way.gain, default=None)
-    return best if best is not None and best.gain > 1 + tolerance else None
+def to_confirm(ways: Sequence[FamilyStanding], tolerance: float) -> tuple[FamilyStanding, ...]:
+    """The ways to speculate that are worth confirming, in turn until one holds; at most two.
+
+    Those that gain more than the tolerance, averaged over the loads; first those expected to keep
+    `KEPT` of the baseline at every load, then by what they gain.
+    """
+    worth_it = [way for way in ways if way.gain > 1 + tolerance]
+    return tuple(sorted(worth_it, key=lambda way: (way.least < KEPT, -way.gain))[:2])
 
 
 def settled(study: StudyData) -> frozenset[LoadPoint]:
@@ -200,8 +220,18 @@ def settled(study: StudyData) -> frozenset[LoadPoint]:
         for e in effects
         if (e.arm, e.workload) == (design.arms[-1].name, design.production_workload)
         and e.repeats >= FEWEST_REPEATS
-        and (e.low >= KEPT or e.high < KEPT)
+        and (_keeps(e) or _slower(e))
     )
+
+
+def _keeps(effect: Effect) -> bool:
+    """Shown to keep what off gives, or close to it with no room for a loss of 5 %."""
+    return effect.low >= KEPT or (effect.ratio >= _CLEARLY and effect.low >= _ROOM)
+
+
+def _slower(effect: Effect) -> bool:
+    """Shown to be slower than off, and by more than a schedule may cost as far as one can see."""
+    return effect.high < KEPT or (effect.high < 1 and effect.ratio < KEPT)
 
 
 def next_confirmation(study: StudyData) -> Trial | None:
@@ -246,8 +276,9 @@ class Confirmation:
     """Whether the arm to deploy holds what the tuning promised, cell by cell.
 
     ``outcome`` is "confirmed": at every load of the production workload the whole interval keeps
-    `KEPT` of the baseline, and at one at least it is shown to be faster; "refused": a load is shown
-    not to keep it; "undecided": the intervals are too wide to say.
+    `KEPT` of the baseline (or the ratio is 0.98 or more and the interval leaves no room for a loss
+    of 5 %), and at one at least it is shown to be faster; "refused": a load is shown to be slower;
+    "undecided": the intervals are too wide to say.
     """
 
     family: str
@@ -298,13 +329,13 @@ def _by_cell(effects: Sequence[Effect], arm: str) -> dict[tuple[str, LoadPoint],
 def _outcome(
     ours: Sequence[ConfirmedLoad], loads: int
 ) -> tuple[Literal["confirmed", "refused", "undecided"], tuple[str, ...]]:
-    slower = [c for c in ours if c.to_baseline.high < KEPT]
+    slower = [c for c in ours if _slower(c.to_baseline)]
     if slower:
         return "refused", tuple(
             f"at {c.load.label} it is slower than off: {_span(c.to_baseline)}" for c in slower
         )
     faster = [c for c in ours if c.to_baseline.low > 1]
-    doubtful = [c for c in ours if not c.to_baseline.low >= KEPT]
+    doubtful = [c for c in ours if not _keeps(c.to_baseline)]
     behind = [c for c in ours if c.ratio < KEPT and c.high < 1]
     reasons = []
     if len(ours) < loads:
@@ -348,9 +379,11 @@ class Recommendation:
     schedule: tuple[tuple[int, int, int], ...]
     headline: str
     reasons: tuple[str, ...]
+    routing: str = ""
 
 
 def recommend(
+    design: StudyDesign,
     standing: Standing,
     ways: Sequence[FamilyStanding],
     confirmations: Sequence[Confirmation],
@@ -377,7 +410,7 @@ def recommend(
         for c in confirmations
         if c.outcome != "confirmed"
     )
-    nothing = to_confirm(ways, tolerance) is None and standing.regret_bound <= tolerance
+    nothing = not to_confirm(ways, tolerance) and standing.regret_bound <= tolerance
     if nothing or (confirmations and all(c.outcome == "refused" for c in confirmations)):
         return Recommendation(
             Decision.OFF,
@@ -386,6 +419,7 @@ def recommend(
             (),
             "Leave speculation off: nothing tried is faster without being slower elsewhere.",
             (*refused, *(f"{w.family}: {w.note}." for w in ways if w.note), f"{bound}."),
+            _routing(design, standing, confirmations),
         )
     return Recommendation(
         Decision.MEASURE_MORE,
@@ -398,6 +432,49 @@ def recommend(
             "Give more minutes (--budget), more requests a trial or a quieter machine, and go on "
             "with --resume: nothing measured is lost.",
         ),
+        _routing(design, standing, confirmations),
+    )
+
+
+def _routing(design: StudyDesign, standing: Standing, confirmations: Sequence[Confirmation]) -> str:
+    """Two pools by segment, where an arm that cannot serve everything serves some segments well.
+
+    A segment goes to the speculating pool if it was measured alone, keeps what off gives at every
+    load and gains at one: in a confirmation, or as far as the search can tell.
+    """
+    for confirmation in confirmations:
+        good = []
+        for segment in design.segments:
+            own = [c for c in confirmation.cells if c.workload == segment.name]
+            keeps = len(own) == len(design.loads) and all(
+                c.to_baseline.ratio >= KEPT and c.to_baseline.high >= 1 for c in own
+            )
+            if keeps and any(c.to_baseline.low > 1 for c in own):
+                good.append(segment.name)
+        if 0 < len(good) < len(design.segments):
+            return _two_pools(design, confirmation.arm, good)
+    found: dict[str, list[str]] = {}
+    gains: dict[str, float] = {}
+    for name in [a for arms in families(design).values() for a in arms if not _schedule(design, a)]:
+        for segment in design.segments:
+            cells_of = [c for c in standing.cells if c.workload == segment.name]
+            own_arm = [a for c in cells_of for a in c.arms if a.arm == name]
+            keeps = bool(own_arm) and all(a.gain >= KEPT and a.high >= 1 for a in own_arm)
+            if keeps and any(a.low > 1 and a.trials for a in own_arm):
+                found.setdefault(name, []).append(segment.name)
+                gains[name] = gains.get(name, 0.0) + sum(math.log(a.gain) for a in own_arm)
+    for name in sorted(found, key=lambda name: -gains[name]):
+        if len(found[name]) < len(design.segments):
+            return _two_pools(design, name, found[name]) + " This was not confirmed."
+    return ""
+
+
+def _two_pools(design: StudyDesign, arm: str, good: Sequence[str]) -> str:
+    labels = {s.name: f"{s.name} (temperature {s.temperature:g})" for s in design.segments}
+    return (
+        f"Two pools, if requests can be routed: {listed([labels[name] for name in good])} to a "
+        f"server with {arm}, {listed([labels[n] for n in labels if n not in good])} to one without "
+        "speculation. vLLM cannot switch it off for a single request."
     )
 
 
@@ -429,9 +506,9 @@ def _rows(rows: Sequence[tuple[int, int, int]]) -> str:
 class Tuned:
     """Everything a tuning came to: what the console, the page and the JSON show.
 
-    ``search`` is the study of the sweep as far as it was run, ``confirmation`` the one that
-    confirmed it (None: there was nothing to confirm, or it is not measured yet). ``sweep_s``
-    estimates what running every arm once in every cell would have taken. ``stopped`` is
+    ``search`` is the study of the sweep as far as it was run, ``confirming`` those that measured
+    again what looked best, one way to speculate each; ``confirmations`` is what they say.
+    ``sweep_s`` estimates what running every arm once in every cell would have taken. ``stopped`` is
     "tolerance", "budget", "exhausted", or "" while the search is not over.
     """
 
@@ -443,7 +520,7 @@ class Tuned:
     budget_s: float | None
     stopped: str
     ways: tuple[FamilyStanding, ...]
-    confirmation: StudyData | None
+    confirming: tuple[StudyData, ...]
     confirmations: tuple[Confirmation, ...]
     recommendation: Recommendation
 
@@ -451,7 +528,7 @@ class Tuned:
 def assess_tuning(
     search: StudyData,
     picks: Sequence[PickRecord],
-    confirmation: StudyData | None,
+    confirming: Sequence[StudyData],
     *,
     tolerance: float,
     budget_s: float | None,
@@ -471,10 +548,12 @@ def assess_tuning(
         elif budget_s is not None and spent.total_s >= budget_s:
             stopped = "budget"
     ways = family_standings(design, standing, measured, seed=seed)
-    way = to_confirm(ways, tolerance)
-    confirmations: tuple[Confirmation, ...] = ()
-    if confirmation is not None and way is not None:
-        confirmations = confirm(confirmation, way.family, seed=seed)
+    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
+    confirmations = tuple(
+        found
+        for study in confirming
+        for found in confirm(study, family_of[study.design.arms[1].name], seed=seed)
+    )
     return Tuned(
         search=search,
         standing=standing,
@@ -484,9 +563,9 @@ def assess_tuning(
         budget_s=budget_s,
         stopped=stopped,
         ways=ways,
-        confirmation=confirmation,
+        confirming=tuple(confirming),
         confirmations=confirmations,
         recommendation=recommend(
-            standing, ways, confirmations, stopped=stopped, tolerance=tolerance
+            design, standing, ways, confirmations, stopped=stopped, tolerance=tolerance
         ),
     )
