@@ -6,26 +6,30 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 
-from specwise.domain import Arm, Outcome, Speculation
+from specwise.domain import Arm, Outcome, Purpose, Speculation, StudyData
 from specwise.errors import InputError
 from specwise.measurement.design import parse_study
-from specwise.measurement.fleet import api_headers, resolve_model
+from specwise.measurement.fleet import Fleet, api_headers, resolve_model
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder, read_study
-from specwise.measurement.study import Listener, conduct
+from specwise.measurement.study import Choice, Listener, conduct
 
 ENTRY_POINT = """
-import argparse, signal, sys, time
+import argparse, json, signal, sys, time
 sys.path.insert(0, {root!r})
 from tests.fake_vllm import FakeVllm
 options = argparse.ArgumentParser()
 for name in ("--port", "--model", "--served-model-name", "--speculative-config"):
     options.add_argument(name)
 asked, _ = options.parse_known_args()
+if asked.speculative_config and json.loads(asked.speculative_config)["num_speculative_tokens"] == 5:
+    sys.exit("ValueError: 5 drafts are more than this model takes")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 drafts = (0.5, 0.5) if asked.speculative_config else ()
 with FakeVllm(
@@ -60,10 +64,8 @@ warmup = 1
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> StudyFolder:
-    """A new study whose engine is this Python with a package called vllm on its path."""
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes this Python one with a package called vllm; returns the folder for a study."""
     package = tmp_path / "engine" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(ENTRY_POINT.format(root=str(Path(__file__).parents[2])))
@@ -74,11 +76,20 @@ def folder(
     (tmp_path / "model").mkdir()
     prompts = [json.dumps({"prompt": f"say {i} words"}) for i in range(60)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    return tmp_path
+
+
+def new_study(engine: Path, together: bool, tune: str = "") -> StudyFolder:
     text = STUDY.format(
-        model=tmp_path / "model", python=sys.executable, together=str(request.param).lower()
+        model=engine / "model", python=sys.executable, together=str(together).lower()
     )
-    design = parse_study(text, name="study.toml")
-    return StudyFolder.create(tmp_path / "study", design, describe_here(), text)
+    design = parse_study(
+        text + tune,
+        name="study.toml",
+        experiment="tune" if tune else None,
+        version_of=lambda _: "0.32.0",
+    )
+    return StudyFolder.create(engine / "study", design, describe_here(), text)
 
 
 def servers_of(folder: StudyFolder, word: str) -> list[int]:
@@ -95,10 +106,11 @@ def servers_of(folder: StudyFolder, word: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("folder", [True, False], indirect=True)
+@pytest.mark.parametrize("together", [True, False])
 def test_a_server_that_dies_is_started_again_and_nothing_is_left_running(
-    folder: StudyFolder,
+    engine: Path, together: bool
 ) -> None:
+    folder = new_study(engine, together)
     notes: list[str] = []
     killed: list[int] = []
     draft = next(t for t in folder.design.trials if t.arm == "draft")
@@ -122,6 +134,104 @@ def test_a_server_that_dies_is_started_again_and_nothing_is_left_running(
     assert len(failed) <= 4, "the two in flight, and what was sent while it died"
     assert study.provenance["arms"]["draft"]["vllm"] == "0.32.0"
     assert servers_of(folder, "") == []
+
+
+TUNE = """
+[tune]
+k = [1, 2, 4]
+repeats = 1
+idle = false
+"""
+
+
+def fleet_of(folder: StudyFolder, most_servers: int | None, notes: list[str]) -> Fleet:
+    return Fleet(
+        folder.design,
+        known={},
+        log_path=folder.log_path,
+        on_described=lambda _: None,
+        note=notes.append,
+        most_servers=most_servers,
+    )
+
+
+def test_servers_start_when_needed_and_the_one_used_longest_ago_makes_room(engine: Path) -> None:
+    folder, notes = new_study(engine, together=True, tune=TUNE), list[str]()
+    arm = folder.design.arm
+    with fleet_of(folder, 3, notes) as fleet:
+        assert (fleet.running, servers_of(folder, ""), fleet.start_s) == (frozenset(), [], {})
+        for name in ("baseline", "draft-k1", "draft-k2", "draft-k1"):
+            assert fleet.ready(arm(name)).speculative is (name != "baseline")
+        assert fleet.running == {"baseline", "draft-k1", "draft-k2"}
+        fleet.ready(arm("draft-k4"))
+        assert fleet.running == {"baseline", "draft-k1", "draft-k4"}, "not the baseline"
+        assert len(servers_of(folder, "")) == 3
+        assert min(fleet.start_s.values()) > 0
+        fleet.retire("draft-k1")
+        fleet.retire("draft-k2")  # has none any more
+        assert fleet.running == {"baseline", "draft-k4"}
+        for pid in servers_of(folder, '"num_speculative_tokens":4'):
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: fleet.running == {"baseline"}), "one that died is not up"
+    assert fleet.running == frozenset()
+    assert servers_of(folder, "") == []
+    assert [n.split()[0] for n in notes].count("starting") == 4
+
+
+def test_one_at_a_time_only_one_is_up(engine: Path) -> None:
+    folder = new_study(engine, together=False, tune=TUNE)
+    with fleet_of(folder, 3, []) as fleet:
+        for name in ("baseline", "draft-k1"):
+            fleet.ready(folder.design.arm(name))
+            assert fleet.running == {name}
+            assert len(servers_of(folder, "")) == 1
+
+
+def test_an_arm_whose_server_dies_at_the_start_is_given_up_and_the_tuning_goes_on(
+    engine: Path,
+) -> None:
+    folder = new_study(engine, together=True, tune=TUNE.replace("4", "5"))
+    assert [arm.name for arm in folder.design.arms][-1] == "draft-k5"
+    seen: list[frozenset[str]] = []
+    asked = ["draft-k1", "baseline", "draft-k5", "draft-k2"]
+
+    def choose(study: StudyData, running: Collection[str]) -> Choice:
+        seen.append(frozenset(running))
+        if not asked:
+            left = [t.trial_id for t in study.design.trials if t.purpose is Purpose.NOISE_FLOOR]
+            return Choice(None, "all seen", skip=dict.fromkeys(left, "all seen"))
+        arm = asked.pop(0)
+        trial = next(t for t in study.design.trials if t.arm == arm)
+        return Choice(trial.trial_id, f"to see {arm}", 0.1)
+
+    base, notes = folder.path.parent, list[str]()
+    listener = Listener(note=notes.append)
+    conduct(folder, base=base, listener=listener, stop=lambda: False, choose=choose)
+    study = read_study(folder.path)
+    ran = {t.trial.arm for t in study.trials if t.complete}
+    assert ran == {"baseline", "draft-k1", "draft-k2"}
+    (lost,) = [t.trial_id for t in study.design.trials if t.arm == "draft-k5"]
+    assert "5 drafts are more than this model takes" in study.skipped[lost]
+    assert seen[0] == frozenset(), "no server before one is needed"
+    assert seen[-1] == {"baseline", "draft-k2"}, "two at once, as any engine but the embedded one"
+    picks = folder.picks()
+    assert [p.reason.split(":")[0] for p in picks] == [
+        "to see draft-k1",
+        "to see baseline",
+        "the server of arm draft-k5 failed",
+        "to see draft-k2",
+    ]
+    assert all(p.started_server and p.start_s > 0 for p in picks)
+    assert all(p.seconds > 0 for p in picks if "failed" not in p.reason)
+    assert any("arm draft-k5 is given up" in note for note in notes)
+    assert servers_of(folder, "") == []
+
+
+def wait_until(holds: Callable[[], bool], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
 
 
 def test_bundled_models_resolve_and_unknown_ones_are_named() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,19 @@ from tests.fake_nvml import FakeGpu, FakeNvml
 from tests.fake_vllm import FakeVllm
 
 from specwise.analysis.latency import summarise
-from specwise.domain import AcceptanceSource, MeasuredTrial, Outcome, StudyData, Trial
+from specwise.domain import (
+    AcceptanceSource,
+    MeasuredTrial,
+    Outcome,
+    PickRecord,
+    StudyData,
+    Trial,
+)
 from specwise.errors import InputError, ServerError, StoppedError, StoreError
-from specwise.measurement.design import parse_study
+from specwise.measurement.design import bundled_study, parse_study
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder, read_study
-from specwise.measurement.study import Listener, conduct
+from specwise.measurement.study import Choice, Listener, Progress, conduct
 
 STUDY = """
 name = "fake"
@@ -488,3 +495,198 @@ def test_what_the_server_and_its_gpu_say_beside_the_latencies(
     for summary in summaries.values():
         (gpu,) = summary.gpus
         assert (gpu.utilisation_mean, gpu.memory_used_max_bytes) == (0.75, 10 * 2**30)
+
+
+def scripted(
+    folder: StudyFolder, order: list[str], seen: list[StudyData] | None = None
+) -> Callable[[StudyData, Collection[str]], Choice]:
+    """Chooses the trials in ``order``, then skips the rest."""
+
+    def choose(study: StudyData, _: Collection[str]) -> Choice:
+        assert study == folder.read(), "what is kept in memory is what the folder holds"
+        if seen is not None:
+            seen.append(study)
+        over = {t.trial.trial_id for t in study.trials if t.complete} | set(study.skipped)
+        left = [trial_id for trial_id in order if trial_id not in over]
+        if left:
+            return Choice(left[0], f"number {order.index(left[0])}", 0.1, to_go_s=3.0)
+        rest = {t.trial_id: "clear" for t in study.design.trials if t.trial_id not in over}
+        return Choice(None, "all is clear", skip=rest)
+
+    return choose
+
+
+def conduct_chosen(
+    folder: StudyFolder,
+    order: list[str],
+    seen: list[StudyData] | None = None,
+    listener: Listener = Listener(),  # noqa: B008 - frozen
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    conduct(
+        folder,
+        base=folder.path.parent,
+        listener=listener,
+        stop=stop,
+        choose=scripted(folder, order, seen),
+        resume_command="specwise tune --resume here",
+    )
+
+
+def test_chosen_trials_run_in_the_order_they_are_chosen_and_the_journal_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, CLOSED))
+        ids = [trial.trial_id for trial in folder.design.trials]
+        order = [ids[5], ids[0], ids[9]]
+        seen: list[StudyData] = []
+        begun: list[tuple[str, Progress]] = []
+        ended: list[MeasuredTrial] = []
+        listener = Listener(
+            trial_started=lambda trial, progress: begun.append((trial.trial_id, progress)),
+            trial_finished=lambda measured, _: ended.append(measured),
+        )
+        conduct_chosen(folder, order, seen, listener)
+    assert begun == [(trial_id, Progress(n, None, 3.0)) for n, trial_id in enumerate(order)]
+    assert [len(study.trials) for study in seen] == [0, 1, 2, 3]
+    study = read_study(folder.path)
+    assert {t.trial.trial_id for t in study.trials} == set(order)
+    assert {t.trial.trial_id: t for t in ended} == {t.trial.trial_id: t for t in study.trials}
+    assert study.skipped == dict.fromkeys(set(ids) - set(order), "clear")
+    picks = StudyFolder.open(folder.path).picks()
+    assert [(p.trial_id, p.reason, p.regret_bound) for p in picks] == [
+        (trial_id, f"number {n}", 0.1) for n, trial_id in enumerate(order)
+    ]
+    took_s = {t.trial.trial_id: t.parts[0].duration_s for t in study.trials}
+    assert all(p.seconds > took_s[p.trial_id] for p in picks), "with its warm-up"
+    assert all((p.started_server, p.start_s) == (False, 0.0) for p in picks), "servers by url"
+    # The servers are gone: a tuning that is over asks nothing, neither of them nor of the chooser.
+    monkeypatch.setattr("specwise.measurement.study._measure_chosen", None)
+    conduct_chosen(StudyFolder.open(folder.path), order)
+
+
+def test_a_trial_that_was_measured_is_parsed_once_however_many_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = StudyFolder.read_trial
+
+    def count(folder: StudyFolder, trial: Trial) -> MeasuredTrial:
+        read.append(trial.trial_id)
+        return original(folder, trial)
+
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        ids = [trial.trial_id for trial in folder.design.trials]
+        monkeypatch.setattr(StudyFolder, "read_trial", count)
+        asked = iter(ids)
+        conduct(
+            folder,
+            base=tmp_path,
+            listener=Listener(),
+            stop=lambda: False,
+            choose=lambda *_: Choice(next(asked, None), "next"),
+        )
+    assert sorted(read) == sorted(2 * ids), "at the beginning, and before it runs"
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.measurement.test_study import conduct_chosen
+from specwise.measurement.store import StudyFolder
+conduct_chosen(StudyFolder.open(Path(sys.argv[1])), sys.argv[2:])
+"""
+
+
+def test_a_tuning_that_was_killed_finishes_the_trial_it_was_at_first(tmp_path: Path) -> None:
+    slow = FakeVllm(step_s=lambda _: 0.02, conditional=(0.5, 0.5))
+    with FakeVllm() as baseline, slow as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        trials = folder.design.trials
+        first = next(t for t in trials if t.arm == "baseline")
+        second = next(t for t in trials if t.arm == "draft")
+        third = next(t for t in trials if t.arm == "baseline" and t != first)
+        order = [t.trial_id for t in (first, second, third)]
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder.path), *order])
+        records = folder.trial_folder(second) / "requests.jsonl"
+        deadline = time.monotonic() + 30
+        while not (records.exists() and records.read_bytes().count(b"\n") >= 4):
+            assert process.poll() is None and time.monotonic() < deadline  # noqa: PT018
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert [p.trial_id for p in folder.picks()] == order[:1]
+        (half,) = [t for t in folder.read().trials if not t.complete]
+        ran_s = max(r.finished_s for r in half.records)
+        # As if it had been killed in the moment between the end of the first trial and its line.
+        (folder.path / "picks.jsonl").write_bytes(b'{"trial_id": "')
+        begun: list[str] = []
+        listener = Listener(trial_started=lambda trial, _: begun.append(trial.trial_id))
+        conduct_chosen(StudyFolder.open(folder.path), order, listener=listener)
+    assert begun == order[1:]
+    picks = {p.trial_id: p for p in StudyFolder.open(folder.path).picks()}
+    assert list(picks) == order
+    assert [p.reason for p in picks.values()] == ["it was interrupted"] * 2 + ["number 2"]
+    assert [p.regret_bound for p in picks.values()] == [None, None, 0.1]
+    study = read_study(folder.path)
+    resumed = next(t for t in study.trials if t.trial == second)
+    assert set(half.records) <= set(resumed.records)
+    assert picks[order[1]].seconds > ran_s + resumed.parts[-1].duration_s
+    finished = next(t for t in study.trials if t.trial == first)
+    assert picks[order[0]].seconds == pytest.approx(finished.parts[0].duration_s)
+
+
+def test_a_tuning_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        order = [trial.trial_id for trial in folder.design.trials]
+        with pytest.raises(StoppedError, match="`specwise tune --resume here`"):
+            conduct_chosen(folder, order, stop=lambda: bool(folder.picks()))
+        assert [p.trial_id for p in folder.picks()] == order[:1]
+
+
+def test_an_arm_whose_server_refuses_is_given_up_but_not_the_baseline(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5), fail_status=400) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        by_arm = {t.arm: t.trial_id for t in folder.design.trials}
+        notes: list[str] = []
+        listener = Listener(note=notes.append)
+        conduct_chosen(folder, [by_arm["draft"], by_arm["baseline"]], listener=listener)
+        study = read_study(folder.path)
+        reason = study.skipped[by_arm["draft"]]
+        assert "the server of arm draft failed" in reason
+        assert "refuses every warm-up request: HTTP 400" in reason
+        assert [p.reason for p in folder.picks()] == [reason, "number 1"]
+        assert [t.trial.trial_id for t in study.trials] == [by_arm["baseline"]]
+        assert any(note.startswith("arm draft is given up") for note in notes)
+
+        baseline.fail_status = 400
+        (tmp_path / "again").mkdir()
+        folder = new_folder(write_study(tmp_path / "again", baseline.url, draft.url, SHORT))
+        with pytest.raises(ServerError, match="refuses every warm-up"):
+            conduct_chosen(folder, [by_arm["baseline"]])
+
+
+def test_a_trial_cannot_be_chosen_twice(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))
+        same = Choice(folder.design.trials[0].trial_id, "again")
+        with pytest.raises(ValueError, match="it is over"):
+            conduct(
+                folder,
+                base=tmp_path,
+                listener=Listener(),
+                stop=lambda: False,
+                choose=lambda *_: same,
+            )
+
+
+def test_the_search_of_a_tuning_is_not_measured_to_its_end_by_mistake(tmp_path: Path) -> None:
+    design = parse_study(bundled_study("tune"), name="tune", version_of=lambda _: "0.32.0")
+    folder = StudyFolder.create(tmp_path / "tuning" / "search", design, describe_here(), "")
+    trial = design.trials[0]
+    folder.note_pick(PickRecord(trial.trial_id, "first", 0.2, False, 0.0, 1.0))
+    with pytest.raises(InputError, match=f"specwise tune --resume {tmp_path / 'tuning'}`"):
+        measure(folder, tmp_path)
