@@ -36,7 +36,7 @@ from specwise.reporting.wording import (
     ratio,
 )
 
-_COLOURS: Final[Mapping[str, str]] = {
+COLOURS: Final[Mapping[str, str]] = {  # of decisions and judgements
     "on": "green",
     "on-with-schedule": "green",
     "off": "red",
@@ -157,7 +157,7 @@ class _Printer:
 
     def print_verdict(self) -> None:
         verdict, design = self.verdict, self.design
-        colour = _COLOURS[verdict.decision]
+        colour = COLOURS[verdict.decision]
         mark, words = DECISION_MARKS[verdict.decision], DECISION_WORDS[verdict.decision]
         head = self.text(f"{mark} {words.upper()}", f"bold {colour}")
         head += self.text(f"   {design.production_workload}, {load_phrase(design.production_load)}")
@@ -179,7 +179,7 @@ class _Printer:
             self.line(grid)
 
     def _add_segment(self, grid: Table, segment: SegmentVerdict) -> None:
-        mark = self.text(f"{DECISION_MARKS[segment.decision]} ", _COLOURS[segment.decision])
+        mark = self.text(f"{DECISION_MARKS[segment.decision]} ", COLOURS[segment.decision])
         name = cell_name(segment.workload, segment.segment)
         words = DECISION_WORDS[segment.decision]
         arm = f" ({segment.arm})" if segment.arm and segment.decision != "off" else ""
@@ -287,7 +287,7 @@ class _Printer:
         if effect is None or math.isnan(effect.ratio):
             return self.text(MISSING, "dim")
         return (
-            self.text(f"{MARKS[effect.direction]} ", _COLOURS[effect.direction])
+            self.text(f"{MARKS[effect.direction]} ", COLOURS[effect.direction])
             + self.text(f"{ratio(effect.ratio)} ")
             + self.text(interval(effect.low, effect.high), "dim")
         )

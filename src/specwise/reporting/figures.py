@@ -148,10 +148,10 @@ def speedup_panel(
     """One cell's ratios against load with their intervals; the side that loses is shaded."""
     loads = sorted({e.load.value for e in effects})
     loop = effects[0].load.loop
-    _ratio_axis(axis, limits)
+    ratio_scale(axis, limits)
     axis.axhspan(limits[0], 1, color=Ink.LOSS, linewidth=0, zorder=0)
     axis.axhline(1, color=Ink.MUTED, linewidth=1.2, zorder=1)
-    _load_axis(axis, loads, loop)
+    load_scale(axis, loads, loop)
     if production.loop is loop and production.value in loads:
         axis.axvline(production.value, color=Ink.MUTED, linewidth=1, linestyle=(0, (1, 3)))
     arms = [name for name in styles if any(e.arm == name for e in effects)]
@@ -159,7 +159,7 @@ def speedup_panel(
         style = styles[arm]
         own = sorted((e for e in effects if e.arm == arm), key=lambda e: e.load)
         # a few pixels apart, so that intervals of two arms at one load stay apart
-        shift = _spread(loads, place, len(arms))
+        shift = sideways(loads, place, len(arms))
         xs = [e.load.value * shift for e in own]
         axis.plot(xs, [e.ratio for e in own], color=style.colour, linestyle=style.dashes, zorder=3)
         axis.vlines(
@@ -190,13 +190,14 @@ def effect_marker(axis: Axes, x: float, y: float, effect: Effect, style: ArmStyl
     )
 
 
-def _spread(loads: Sequence[float], place: int, count: int) -> float:
+def sideways(loads: Sequence[float], place: int, count: int) -> float:
     """A factor that moves arm ``place`` of ``count`` sideways on the logarithmic load axis."""
     span = max(loads) / min(loads) if len(loads) > 1 else 4.0
     return float(span ** (0.018 * (place - (count - 1) / 2)))
 
 
-def _ratio_axis(axis: Axes, limits: tuple[float, float]) -> None:
+def ratio_scale(axis: Axes, limits: tuple[float, float]) -> None:
+    """A vertical logarithmic axis of ratios."""
     axis.set_yscale("log")
     axis.set_ylim(*limits)
     ticks = ratio_ticks(*limits)
@@ -228,7 +229,8 @@ def ratio_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _load_axis(axis: Axes, loads: Sequence[float], loop: Loop) -> None:
+def load_scale(axis: Axes, loads: Sequence[float], loop: Loop) -> None:
+    """A horizontal logarithmic axis of the ``loads`` (ascending)."""
     axis.set_xscale("log")
     axis.set_xlim(min(loads) / 1.25, max(loads) * 1.25)
     if len(loads) > 1:
