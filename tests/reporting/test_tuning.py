@@ -197,6 +197,24 @@ def test_without_a_confirmation_the_terminal_shows_beliefs_and_which_are_predict
     assert text.count("predicted, not run") == len(unseen)
 
 
+def test_of_two_ways_the_one_that_is_recommended_is_shown(tuned: Tuned) -> None:
+    """Both have an arm "scheduled"; the way that was tried first did not hold."""
+    right = tuned.confirmations[0]
+    wrong = replace(
+        right,
+        family="ngram",
+        static_arm="ngram-k4",
+        outcome="refused",
+        cells=tuple(
+            replace(c, to_baseline=replace(c.to_baseline, ratio=0.5, low=0.4, high=0.6))
+            for c in right.cells
+        ),
+    )
+    text = printed(replace(tuned, confirmations=(wrong, *tuned.confirmations)))
+    assert "0.50x" not in text
+    assert f"{right.cells[0].to_baseline.ratio:.2f}x" in text
+
+
 def test_an_arm_keeps_off_by_its_whole_interval(tuned: Tuned) -> None:
     cell = tuned.confirmations[0].cells[0]
     intervals = {"better": (0.97, 1.2), "undecided": (0.96, 1.2), "worse": (0.9, 0.969)}

@@ -149,8 +149,9 @@ class _View:
     def _deployed(self) -> Confirmation | None:
         """The confirmation that the answer is about: the recommended arm, else the first tried."""
         held = self.tuned.confirmations
-        wanted = self.tuned.recommendation.arm
-        return next((c for c in held if c.arm == wanted), held[0] if held else None)
+        answer = self.tuned.recommendation
+        wanted = (answer.family, answer.arm)  # two ways may each have an arm "scheduled"
+        return next((c for c in held if (c.family, c.arm) == wanted), held[0] if held else None)
 
     def _way(self) -> FamilyStanding | None:
         ways = self.tuned.ways
