@@ -13,9 +13,17 @@ from click.testing import CliRunner, Result
 from tests.analysis.synthetic import C1, C16, demo_design, demo_study
 from tests.cli.study_folders import write_study
 
-from specwise.cli.flags_from import Choice, argument_flags, choose, served, study_path
+from specwise.cli.flags_from import (
+    Choice,
+    argument_flags,
+    choose,
+    served,
+    study_path,
+    with_recommendation,
+)
 from specwise.cli.main import specwise
 from specwise.decision.assessment import Assessment, assess
+from specwise.decision.deployment import Recommendation
 from specwise.decision.schedule import ScheduleProposal
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, Deployment, Speculation, StudyData
@@ -278,6 +286,21 @@ def test_of_servers_known_by_address_the_speculative_flags_alone(tmp_path: Path)
     assert off.stdout.count("\n") == 1
 
 
+def test_a_tunings_answer_takes_the_place_of_its_confirmations_verdict() -> None:
+    """That study alone would say on; the tuning asks about every load."""
+    base = assessed("on")
+    usual = Recommendation(Decision.SCHEDULE, "f", "draft_model", SCHEDULE, "Confirmed.", ("Why.",))
+    choice = choose(with_recommendation(base, usual))
+    assert choice.speculation == replace(DRAFT, schedule=SCHEDULE)
+    assert choice.confirmed
+    assert choice.remark == "Confirmed."
+    off = replace(usual, decision=Decision.OFF, arm=None, schedule=())
+    assert choose(with_recommendation(base, off)).speculation is None
+    more = replace(off, decision=Decision.MEASURE_MORE, reasons=("Why.", "Give more minutes."))
+    with pytest.raises(MeasurementError, match=r"Give more minutes\. Or name an arm"):
+        choose(with_recommendation(base, more))
+
+
 def test_of_a_tuning_the_confirmation_counts(tmp_path: Path) -> None:
     tuning = tmp_path / "tuned"
     write_study(tuning / "search", study("off"))
@@ -288,8 +311,9 @@ def test_of_a_tuning_the_confirmation_counts(tmp_path: Path) -> None:
     assert study_path(tuning / "search") == tuning / "search"
     assert study_path(tmp_path / "none") == tmp_path / "none"  # read_study says what is wrong
     done = run("--from", str(tuning), "--rollout")
-    assert done.exit_code == 0
-    assert f"--against {confirmed}" in done.stdout
+    assert done.exit_code == 0, done.output
+    assert "at no load is it slower than off" in done.stdout
+    assert f"--against {confirmed} --arm draft_model" in done.stdout
 
 
 def test_rollout_prints_a_note_with_both_commands(tmp_path: Path) -> None:

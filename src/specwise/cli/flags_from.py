@@ -15,7 +15,9 @@ import orjson
 
 from specwise.cli.flags import FORMATS, Checked, answer, check, say_findings
 from specwise.decision.assessment import Assessment, assess
+from specwise.decision.deployment import Recommendation, Tuned
 from specwise.decision.evidence import gather_evidence
+from specwise.decision.schedule import ScheduleProposal
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, Deployment, Speculation, StudyData
 from specwise.errors import CommandError, InputError, MeasurementError, StoreError
@@ -34,21 +36,46 @@ _EAGER = ("--enforce-eager", "--no-enforce-eager", "--compilation-config")
 _NOTHING = "# Nothing to add: serve without a speculative configuration."
 
 
+def is_tuning(path: Path) -> bool:
+    """Whether ``path`` is what `specwise tune` wrote, which holds studies and is none itself."""
+    return not (path / "manifest.json").exists() and (path / "search" / "manifest.json").exists()
+
+
 def study_path(path: Path) -> Path:
     """The study folder that a user means by ``path``: itself, or of a tuning its confirmation.
 
     Raises StoreError for a tuning that has no confirmation yet.
     """
-    if (path / "manifest.json").exists():
+    if not is_tuning(path):
         return path
     if (path / "confirm" / "manifest.json").exists():
         return path / "confirm"
-    if (path / "search" / "manifest.json").exists():
-        raise StoreError(
-            f"{path} is a tuning that was not confirmed yet.",
-            f"Finish it, or give {path / 'search'} for what the search alone can say.",
+    raise StoreError(
+        f"{path} is a tuning that was not confirmed yet.",
+        f"Finish it, or give {path / 'search'} for what the search alone can say.",
+    )
+
+
+def with_recommendation(assessment: Assessment, recommended: Recommendation) -> Assessment:
+    """The confirmation of a tuning with the tuning's answer as its verdict.
+
+    The tuning asks more than a study: that no load loses, not only production's.
+    """
+    schedule = None
+    if recommended.arm is not None and recommended.schedule:
+        schedule = ScheduleProposal(
+            recommended.arm, recommended.schedule, "confirmed by the tuning", confirmed=True
         )
-    return path
+    verdict = replace(
+        assessment.verdict,
+        decision=recommended.decision,
+        arm=recommended.arm,
+        headline=recommended.headline,
+        reasons=recommended.reasons,
+        schedule=schedule,
+        next_trials=(),
+    )
+    return replace(assessment, verdict=verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +112,11 @@ def choose(assessment: Assessment, *, arm: str | None = None) -> Choice:
     if verdict.decision is Decision.OFF:
         return Choice(design.arms[0], None, verdict.headline)
     if verdict.decision is Decision.MEASURE_MORE or verdict.arm is None:
-        following = [trial.what for trial in verdict.next_trials[:1]]
-        names_ = ", ".join(a.name for a in design.arms)
+        following = [trial.what for trial in verdict.next_trials[:1]] or verdict.reasons[-1:]
+        arms = ", ".join(a.name for a in design.arms)
         raise MeasurementError(
             f"Study {design.name} cannot say what to serve. {verdict.headline}",
-            " ".join([*following, f"Or name an arm yourself with --arm: {names_}."]),
+            " ".join([*following, f"Or name an arm yourself with --arm: {arms}."]),
         )
     chosen = design.arm(verdict.arm)
     speculation, confirmed = chosen.speculation, True
@@ -131,66 +158,60 @@ def served(
     ``further`` are vLLM arguments of the user's that add to those of the deployment, or replace
     them. Raises CommandError where the version cannot do it, or where a schedule would be lost.
     """
-    described = (study.provenance.get("arms") or {}).get(choice.arm.name) or {}
     remarks: list[str] = []
     if version is None:
-        version, unknown = _version(described.get("vllm"))
-        remarks += unknown
+        version, remarks = _version(_described(study, choice.arm).get("vllm"))
     extra = argument_flags(further)
+    if choice.arm.deployment is not None:
+        checked = _whole(study, choice, version, extra, remarks)
+        return Served(version, checked, complete=True, remarks=tuple(remarks))
+    address_only = f"The study knows {choice.arm.name} by its address only: "
+    if choice.speculation is None and not extra:
+        remarks.append(f"{address_only}it is served as it is.")
+        return Served(version, None, complete=False, remarks=tuple(remarks))
+    remarks.append(
+        f"{address_only}these are the flags to add to the command of a server without speculation."
+    )
+    checked = _checked(study, choice.arm.model or "MODEL", choice.speculation, version, extra)
+    bare = replace(checked.command, model=None, launcher=())
+    return Served(version, replace(checked, command=bare), False, tuple(remarks))
+
+
+def _whole(
+    study: StudyData,
+    choice: Choice,
+    version: Version,
+    extra: tuple[Flag, ...],
+    remarks: list[str],
+) -> Checked:
+    """The complete command of a server that specwise started itself; adds to ``remarks``."""
     deployment = choice.arm.deployment
     if deployment is None:
-        if choice.speculation is None and not extra:
-            remarks.append(
-                f"The study knows {choice.arm.name} by its address only: it is served as it is."
-            )
-            return Served(version, None, complete=False, remarks=tuple(remarks))
-        remarks.append(
-            f"The study knows {choice.arm.name} by its address only: these are the flags to add to "
-            "the command of a server without speculation."
-        )
-        options = ServeOptions(
-            model=choice.arm.model or "MODEL",
-            version=version,
-            speculation=choice.speculation,
-            extra=extra,
-            as_measured=True,
-        )
-        checked = _checked(study, options)
-        bare = replace(checked.command, model=None, launcher=())
-        checked = replace(checked, command=bare)
-        return Served(version, checked, complete=False, remarks=tuple(remarks))
-    recorded = _recorded(described)
+        raise ValueError(f"arm {choice.arm.name} has no deployment")
+    recorded = _recorded(_described(study, choice.arm))
     speculation = choice.speculation
     if speculation is not None and speculation.draft is not None:
-        speculation = replace(
-            speculation, draft=_where(speculation.draft, (recorded.speculation or {}).get("model"))
-        )
+        ran = (recorded.speculation or {}).get("model")
+        speculation = replace(speculation, draft=_where(speculation.draft, ran))
     model = _where(deployment.model, recorded.model)
-    own = _deployment_flags(deployment, model, remarks)
     replaced = {flag.name for flag in extra}
-    own = tuple(flag for flag in own if flag.name not in replaced)
+    own = [f for f in _deployment_flags(deployment, model, remarks) if f.name not in replaced]
     # What ran goes on unchanged where lint could only guess: it would drop these.
     times = Counter(flag.name for flag in own)
     unchecked = tuple(flag for flag in own if times[flag.name] > 1 or not _is_known(flag))
-    options = ServeOptions(
-        model=model,
-        version=version,
-        speculation=speculation,
-        extra=(*(flag for flag in own if flag not in unchecked), *extra),
-        as_measured=True,
-    )
-    checked = _checked(study, options)
-    embedded = deployment.engine == EMBEDDED
-    if embedded:
+    known = tuple(flag for flag in own if flag not in unchecked)
+    checked = _checked(study, model, speculation, version, (*known, *extra))
+    launcher: tuple[str, ...] = ("vllm", "serve")
+    if deployment.engine == EMBEDDED:
         remarks.append("The study ran on specwise's own engine: vLLM's CPU build.")
-    launcher = recorded.launcher if recorded.model else _API_SERVER
+        launcher = recorded.launcher if recorded.model else _API_SERVER
     command = replace(
         checked.command,
         flags=(*checked.command.flags, *unchecked),
         environment=_environment(deployment, remarks),
-        launcher=launcher if embedded else ("vllm", "serve"),
+        launcher=launcher,
     )
-    return Served(version, replace(checked, command=command), True, tuple(remarks))
+    return replace(checked, command=command)
 
 
 def without_speculation(study: StudyData, choice: Choice) -> Choice:
@@ -212,18 +233,25 @@ def _version(described: object) -> tuple[Version, list[str]]:
     return newest, [f"The study does not say its vLLM version: written for {newest} (--vllm)."]
 
 
-def _checked(study: StudyData, options: ServeOptions) -> Checked:
+def _checked(
+    study: StudyData,
+    model: str,
+    speculation: Speculation | None,
+    version: Version,
+    extra: tuple[Flag, ...],
+) -> Checked:
     """The command after lint; CommandError if that would lose the schedule."""
-    speculation = options.speculation
     instead = f"Until then: `--arm {study.design.arms[0].name}`, without speculation."
     try:
-        made = serve_command(options)
+        made = serve_command(
+            ServeOptions(model, version, speculation, extra=extra, as_measured=True)
+        )
     except CommandError as error:
         if speculation is None or not speculation.schedule:
             raise
         raise CommandError(error.what, f"{error.next_step} {instead}") from error
     draft = None if speculation is None else speculation.draft
-    checked = check(made, options.version, target=options.model, draft=draft)
+    checked = check(made, version, target=model, draft=draft)
     if SCHEDULE in (made.speculation or {}) and SCHEDULE not in (checked.command.speculation or {}):
         why = next((f for f in checked.findings if f.rule.startswith("schedule")), None)
         raise CommandError(
@@ -291,6 +319,12 @@ def _environment(deployment: Deployment, remarks: list[str]) -> tuple[tuple[str,
     return tuple((name, value) for name, value in found.items() if name not in secret)
 
 
+def _described(study: StudyData, arm: Arm) -> Mapping[str, Any]:
+    """What the study found out about the server of ``arm``, empty if nothing."""
+    found: Mapping[str, Any] = (study.provenance.get("arms") or {}).get(arm.name) or {}
+    return found
+
+
 def _recorded(described: Mapping[str, Any]) -> ServeCommand:
     """The command that the study started, empty if it is not known."""
     words = [str(word) for word in described.get("command") or ()]
@@ -316,9 +350,8 @@ def flags_from_study(
     as_json: bool,
 ) -> int:
     """Print the command, or the rollout note; returns the exit code."""
-    folder = study_path(path)
-    study = read_study(folder)
-    assessment = assess(study, gather_evidence(study))
+    folder, assessment = _read(path)
+    study = assessment.study
     choice = choose(assessment, arm=arm)
     wanted = Version.parse(version) if version else None
     result = served(study, choice, version=wanted, further=further)
@@ -362,6 +395,30 @@ def flags_from_study(
         say_findings(findings)
         click.echo(text, nl=False)
     return 1 if result.checked is not None and result.checked.refused else 0
+
+
+def _read(path: Path) -> tuple[Path, Assessment]:
+    """The study folder that ``path`` stands for, and what is to be done by it."""
+    if not is_tuning(path):
+        study = read_study(path)
+        return path, assess(study, gather_evidence(study))
+    from specwise.cli.tune import read_tuning  # noqa: PLC0415
+
+    tuned = read_tuning(path)
+    study = _rests_on(tuned)
+    assessment = assess(study, gather_evidence(study))
+    return Path(study.folder), with_recommendation(assessment, tuned.recommendation)
+
+
+def _rests_on(tuned: Tuned) -> StudyData:
+    """The study in which a tuning confirmed what it recommends, else what else it measured."""
+    recommended = tuned.recommendation
+    for study in tuned.confirming:
+        arm = next((a for a in study.design.arms if a.name == recommended.arm), None)
+        ran = None if arm is None else arm.speculation
+        if ran is not None and ran.schedule == recommended.schedule:
+            return study
+    return (*tuned.confirming, tuned.search)[0]
 
 
 def _serving(
