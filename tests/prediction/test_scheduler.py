@@ -272,6 +272,28 @@ def test_asynchronous_scheduling_sees_an_arrival_one_step_later() -> None:
     assert waits[1] == waits[0] + 1
 
 
+def test_an_idle_engine_starts_with_the_first_of_those_sent_together() -> None:
+    """And who is sent when another ends misses the step that begins then."""
+    requests = [SimRequest(100, 5), SimRequest(100, 20), *[SimRequest(100, 5)] * 3]
+    found = simulate(
+        requests,
+        COSTS,
+        config(),
+        rng=np.random.default_rng(0),
+        concurrency=4,
+        spacing_s=0.0005,
+        trace=True,
+    )
+    assert found.trace is not None
+    assert found.arrival_s[:4] == pytest.approx([0, 0.0005, 0.001, 0.0015])
+    assert found.trace.prefill_tokens[:2].tolist() == [100, 300]
+    assert found.arrival_s[4] == pytest.approx(found.finished_s[0] + 0.0005)
+    step = int(found.ends_s.searchsorted(found.finished_s[0]))
+    assert found.trace.prefill_tokens[step + 1 : step + 3].tolist() == [0, 100]
+    together = simulate(requests, COSTS, config(), rng=np.random.default_rng(0), concurrency=4)
+    assert len(set(together.first_token_s[:4])) == 1
+
+
 def test_a_cached_prompt_costs_its_last_block() -> None:
     requests = [SimRequest(100, 2, arrival_s=0.0, cached_prompt_tokens=100)]
     found = run(requests, trace=True)

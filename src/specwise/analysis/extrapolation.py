@@ -60,6 +60,7 @@ _FULL_KV = 0.9
 _KV_IN_USE = 0.05  # below, the gauge's rounding decides
 _PRIOR_STEPS = 4.0
 _NOISY = 0.1
+_SPACING_S = 0.0005  # an HTTP server reads and tokenizes requests that come together one by one
 _POISSON = "Arrivals: Poisson at the same rate in place of the trace."
 
 
@@ -148,7 +149,11 @@ def extrapolate(
     limits = _Limits(study, tables, max(sum(size) for t in traffic.values() for size in t.sizes))
     fits = _fits(study, families, tables, limits)
     candidates: list[Candidate] = []
-    sim_arms = {baseline.name: SimArm(_first(fits).baseline, limits.of(baseline, None))}
+    sim_arms = {
+        baseline.name: SimArm(
+            _first(fits).baseline, limits.of(baseline, None), spacing_s=_SPACING_S
+        )
+    }
     for family in families:
         by_segment, whole = accepted[family.name]
         for arm in family.asked(ks):
@@ -159,6 +164,7 @@ def extrapolate(
                 config=limits.of(family.nearest(spoken.k), spoken),
                 acceptance={s: p.given_drafted(spoken.k) for s, p in by_segment.items()},
                 draft_probability={s: p.drafted_share for s, p in by_segment.items()},
+                spacing_s=_SPACING_S,
             )
     asked = tuple(sorted(loads)) or _default_loads(study)
     at = production or (design.production_load if design.production_load in asked else asked[-1])
@@ -463,6 +469,7 @@ class _Limits:
         }
         seats = [s for held in tables.values() for table in held if (s := _seats(table))]
         self._seats = max(seats) if seats else None
+        self._without_gpu = study.provenance.get("gpus") == []
         self._smallest_pool = largest_request + 128
 
     def _flag(self, arm: Arm, name: str) -> int | None:
@@ -478,6 +485,14 @@ class _Limits:
     def _seats_of(self, arm: Arm) -> int:
         return self._flag(arm, "--max-num-seqs") or self._seats or SchedulerConfig().max_num_seqs
 
+    def _asynchronous(self, arm: Arm, speculation: Speculation | None) -> bool:
+        """vLLM 0.32's default (``config/vllm.py``), which its CPU platform overrides."""
+        command = self._commands.get(arm.name)
+        refused = command is not None and command.has("--no-async-scheduling")
+        if refused or (self._without_gpu and arm.deployment is not None):
+            return False
+        return speculation is None or speculation.method not in LOOKUPS
+
     def of(self, arm: Arm, speculation: Speculation | None) -> SchedulerConfig:
         """What ``arm`` can serve at once; ``speculation`` may be another than its own."""
         pool = self._pools.get(arm.name) or max(self._pools.values(), default=None)
@@ -490,7 +505,7 @@ class _Limits:
             max_model_len=self._flag(arm, "--max-model-len"),
             method=speculation.method if speculation else None,
             k=speculation.k if speculation else 0,
-            async_scheduling=speculation is None or speculation.method not in LOOKUPS,
+            async_scheduling=self._asynchronous(arm, speculation),
         )
 
     def notes(self) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def simulate(
     *,
     rng: np.random.Generator,
     concurrency: int | None = None,
+    spacing_s: float = 0.0,
     trace: bool = False,
     leaps: bool = True,
 ) -> SimRun:
@@ -139,7 +141,9 @@ def simulate(
 
     Open loop (``concurrency`` None): every request has an ``arrival_s``, in any order. Closed loop:
     ``concurrency`` clients, each sending the next request, in the order given, when its last one
-    ended. The result depends on the arguments only; without ``leaps`` every step is taken by
+    ended; the requests that are sent at one moment arrive after ``spacing_s``, twice ``spacing_s``
+    and so on, so that they miss the step that begins then, and an idle engine starts with the first
+    alone. The result depends on the arguments only; without ``leaps`` every step is taken by
     itself, to the same result. Raises InputError for requests that could never be served.
     """
     if not requests:
@@ -161,7 +165,7 @@ def simulate(
     if concurrency is None:
         _open_loop(engine, requests, lives, leaps)
     else:
-        _closed_loop(engine, lives, concurrency, leaps)
+        _closed_loop(engine, lives, concurrency, spacing_s, leaps)
     return SimRun(
         tuple(requests),
         tuple(lives),
@@ -197,17 +201,23 @@ def _open_loop(
         engine.finished.clear()
 
 
+def _arrival_s(live: LiveRequest) -> float:
+    return live.arrival_s
+
+
 def _closed_loop(
     engine: SimulatedEngine,
     lives: Sequence[LiveRequest],
     concurrency: int,
+    spacing_s: float,
     leaps: bool,
 ) -> None:
     if concurrency < 1:
         raise InputError(f"A closed loop of {concurrency} clients.", "Give 1 or more.")
     coming = deque(lives)
     sent: deque[LiveRequest] = deque()
-    for _ in range(min(concurrency, len(coming))):
+    for place in range(min(concurrency, len(coming))):
+        coming[0].arrival_s += place * spacing_s
         sent.append(coming.popleft())
     while sent or engine.busy:
         if not engine.busy:
@@ -217,9 +227,8 @@ def _closed_loop(
         until_s = sent[0].arrival_s if sent else math.inf
         if not leaps or not engine.leap(until_s, stop_at_completion=bool(coming)):
             engine.step()
-        for done in engine.finished:
-            if coming:
-                following = coming.popleft()
-                following.arrival_s = done.finished_s
-                sent.append(following)
+        for place, done in enumerate(engine.finished[: len(coming)]):
+            following = coming.popleft()
+            following.arrival_s = done.finished_s + (place + 1) * spacing_s
+            insort(sent, following, key=_arrival_s)
         engine.finished.clear()

@@ -49,13 +49,15 @@ class SimArm:
     """What an arm is made of: its step costs, its engine's limits, and acceptance by segment.
 
     ``acceptance`` is conditional, one probability a draft position; ``draft_probability`` as in
-    `SimRequest`. A baseline has neither.
+    `SimRequest`. A baseline has neither. Requests that are sent at one moment reach the engine
+    ``spacing_s`` apart (closed loop).
     """
 
     costs: StepCosts
     config: SchedulerConfig
     acceptance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     draft_probability: Mapping[str, float] = field(default_factory=dict)
+    spacing_s: float = 0.0
 
 
 def limits_of(memory: MemoryPlan, speculation: Speculation | None) -> SchedulerConfig:
@@ -163,6 +165,7 @@ def _simulate_trial(
         arm.config,
         rng=np.random.default_rng([design.seed, 4, *cell, *([luck] if luck else [])]),
         concurrency=int(trial.load.value) if trial.load.loop is Loop.CLOSED else None,
+        spacing_s=arm.spacing_s,
         trace=True,
     )
     names = [f"{segment}-{cell[1]}-{trial.repeat}-{i}" for i, (segment, _) in enumerate(chosen)]
