@@ -212,7 +212,8 @@ def test_of_two_ways_the_one_that_is_recommended_is_shown(tuned: Tuned) -> None:
     )
     text = printed(replace(tuned, confirmations=(wrong, *tuned.confirmations)))
     assert "0.50x" not in text
-    assert f"{right.cells[0].to_baseline.ratio:.2f}x" in text
+    ours = [c for c in right.cells if c.workload == "mix"]
+    assert all(f"{c.to_baseline.ratio:.2f}x" in text for c in ours)
 
 
 def test_an_arm_keeps_off_by_its_whole_interval(tuned: Tuned) -> None:
