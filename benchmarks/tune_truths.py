@@ -9,7 +9,6 @@ the best there was.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import zlib
@@ -410,19 +409,12 @@ def worst_true_gain(
     return min(gains)
 
 
-def main() -> int:
-    """Print regrets over many truths, with their bars; 1 if one is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--truths", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+def run(truths: int, first: int, processes: int) -> bool:
+    """Tune on that many truths and print what was lost; whether the bars are met."""
     began = time.perf_counter()
-    with ProcessPoolExecutor(options.processes) as pool:
-        found = list(
-            pool.map(tune_truth, range(options.first, options.first + options.truths), chunksize=2)
-        )
-    return 0 if report(found, time.perf_counter() - began) else 1
+    with ProcessPoolExecutor(processes) as pool:
+        found = list(pool.map(tune_truth, range(first, first + truths)))
+    return report(found, time.perf_counter() - began)
 
 
 def report(found: list[Outcome], seconds: float) -> bool:
@@ -450,7 +442,3 @@ def report(found: list[Outcome], seconds: float) -> bool:
     for stop in ("tolerance", "budget", "exhausted"):
         print(f"stopped by {stop}: {sum(o.stopped == stop for o in found)}")
     return all(value <= bar for _, value, bar in bars)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

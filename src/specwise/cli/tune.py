@@ -166,7 +166,14 @@ def _search(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
         )
 
     with interruptible() as stop:
-        conduct(folder, base=base, listener=listener_of(quiet), stop=stop, choose=choose)
+        conduct(
+            folder,
+            base=base,
+            listener=listener_of(quiet),
+            stop=stop,
+            choose=choose,
+            resume_command=f"specwise tune --resume {folder.path.parent}",
+        )
 
 
 def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool) -> None:
@@ -205,7 +212,14 @@ def _run_confirmation(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
         return Choice(None, reason=reason, skip=dict.fromkeys(left, reason))
 
     with interruptible() as stop:
-        conduct(folder, base=base, listener=listener_of(quiet), stop=stop, choose=choose)
+        conduct(
+            folder,
+            base=base,
+            listener=listener_of(quiet),
+            stop=stop,
+            choose=choose,
+            resume_command=f"specwise tune --resume {folder.path.parent}",
+        )
 
 
 def read_tuning(path: Path) -> Tuned:

@@ -22,7 +22,7 @@ from specwise.decision.schedule import Composed, Lengths, compose
 from specwise.decision.tuning import Spent, Standing, survey, sweep_seconds
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, LoadPoint, Loop, PickRecord, Purpose, StudyData, StudyDesign, Trial
-from specwise.measurement.sweep import families
+from specwise.measurement.sweep import families, is_data_parallel
 from specwise.measurement.trials import order_trials
 
 KEPT = 0.97
@@ -116,8 +116,7 @@ def _least(
 def no_schedule_reason(design: StudyDesign, family: str) -> str:
     """Why the sweep has no schedule for ``family``."""
     arm = design.arm(families(design)[family][0])
-    words = arm.deployment.arguments if arm.deployment else ()
-    if any(word.split("=")[0] in ("--data-parallel-size", "-dp") for word in words):
+    if arm.deployment is not None and is_data_parallel(arm.deployment):
         return "vLLM ignores a schedule with data parallelism"
     method = arm.speculation.method if arm.speculation else ""
     return f"this vLLM takes no schedule with {method}"

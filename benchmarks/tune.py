@@ -1,0 +1,195 @@
+"""What `specwise tune` promises, printed with its bars.
+
+    python benchmarks/tune.py truths [--truths 200] [--processes 2]
+    python benchmarks/tune.py embedded FOLDER [--repeats 1]
+
+``truths`` tunes on random engines that the simulator plays and whose truth is known
+(`tune_truths.py`; half an hour on two cores), and on one so noisy that nothing can be decided.
+``embedded`` tunes on the real engine, then runs the exhaustive sweep of the same arms, and holds
+the first against the second (an hour on two idle cores). FOLDER keeps both: what is there already
+is not measured again, so it can be stopped and started. A sweep's own figures are noisy: its best
+arm is partly luck. So a cell's regret is also given as an interval, and counts as none where that
+holds 0. Exits with 1 if a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import tune_truths
+
+from specwise.analysis.cells import Cells, TrialTable, cells
+from specwise.analysis.comparison import speedup_effects
+from specwise.cli.tune import read_tuning
+from specwise.decision.deployment import KEPT, SCHEDULED, Tuned
+from specwise.decision.tuning import Spent, log_goodput
+from specwise.decision.verdict import Decision
+from specwise.domain import LoadPoint, Purpose, StudyData
+from specwise.measurement.store import read_study
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE, SHARE_OF_SWEEP, AT_ONE = 0.02, 0.25, 1.2
+
+
+def bar(name: str, value: float, limit: float, *, at_least: bool = False) -> bool:
+    """Print one bar; whether it is met."""
+    met = value >= limit if at_least else value <= limit
+    side = "at least" if at_least else "at most"
+    print(f"{name}: {value:.3f} ({side} {limit:g}) {'met' if met else 'MISSED'}")
+    return met
+
+
+def undecidable() -> bool:
+    """A machine whose trials differ by a third for no reason, and ten minutes: measure more."""
+    found = [tune_truths.tune_truth(seed, noise=0.35, budget_s=600.0) for seed in range(5)]
+    for outcome in found:
+        print(f"noise 35 %, 10 min: {outcome.decision}, bound reached {outcome.bound:.1%}")
+    return all(
+        o.decision is Decision.MEASURE_MORE and o.stopped == "budget" and o.bound > TOLERANCE
+        for o in found
+    )
+
+
+def embedded(folder: Path, repeats: int) -> bool:
+    """Tune and sweep on the embedded engine, as far as ``folder`` has not got them yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (HERE / "tune.toml").read_text(encoding="utf-8")
+    study = folder / "tune.toml"
+    study.write_text(text, encoding="utf-8")
+    sweep_study = folder / "sweep.toml"
+    sweep_study.write_text(f"{text}repeats = {repeats}\n", encoding="utf-8")
+    specwise = [sys.executable, "-m", "specwise.cli.main"]
+    tuning, sweep = folder / "tuning", folder / "sweep"
+    if not (tuning / "tuning.json").exists():
+        resume = (tuning / "search" / "manifest.json").exists()
+        words = ["--resume", str(tuning)] if resume else [str(study), "--out", str(tuning)]
+        subprocess.run([*specwise, "tune", *words], check=False)
+    words = ["--resume", str(sweep)] if (sweep / "manifest.json").exists() else []
+    words = words or [str(sweep_study), "--experiment", "tune", "--out", str(sweep)]
+    began = time.monotonic()
+    subprocess.run([*specwise, "measure", *words], check=True)
+    print(f"the sweep took {(time.monotonic() - began) / 60:.1f} min in this sitting")
+    return judge(read_tuning(tuning), read_study(sweep))
+
+
+def judge(tuned: Tuned, sweep: StudyData) -> bool:
+    """Print what the tuning lost against the sweep, what it took, and what was confirmed."""
+    measured = cells(sweep)
+    print(f"\n{'workload':<8}{'load':>5}  {'tuning chose':<14}{'sweep best':<14}regret [95 %]")
+    lost, outside = [], []
+    noise = trial_deviation(measured, sweep)
+    for cell in tuned.standing.cells:
+        values = {
+            arm.name: value_of(measured[arm.name, cell.workload, cell.load, Purpose.MEASURE])
+            for arm in sweep.design.arms
+        }
+        best = max(values, key=lambda name: values[name])
+        difference = values[best] - values[cell.best]
+        tables = measured[best, cell.workload, cell.load, Purpose.MEASURE]
+        half = 1.96 * math.sqrt(2 * noise[cell.load] ** 2 / len(tables))
+        lost.append(1 - math.exp(-difference))
+        if difference > half and lost[-1] > TOLERANCE:
+            outside.append(f"{cell.workload} {cell.load.label}")
+        low, high = (1 - math.exp(-(difference + side * half)) for side in (-1, 1))
+        print(
+            f"{cell.workload:<8}{cell.load.label:>5}  {cell.best:<14}{best:<14}"
+            f"{lost[-1]:6.1%} [{low:.1%}, {high:.1%}]"
+        )
+    print(f"regret against the sweep's best: mean {np.mean(lost):.2%}, largest {max(lost):.1%}")
+    met = not outside
+    print(
+        "cells with a regret above 2 % and outside the noise interval: "
+        f"{', '.join(outside) or 'none'} {'met' if met else 'MISSED'}"
+    )
+    spent = Spent.of(tuned.picks)
+    sweep_s = sweep_seconds(tuned.search, sweep, spent)
+    print(
+        f"search {spent.total_s / 60:.1f} min ({len(tuned.picks)} trials, {len(spent.starts)} "
+        f"server starts), sweep {sweep_s / 60:.1f} min ({len(sweep.trials)} trials)"
+    )
+    met &= bar("search time / sweep time", spent.total_s / sweep_s, SHARE_OF_SWEEP)
+    return judge_confirmation(tuned) and met
+
+
+def judge_confirmation(tuned: Tuned) -> bool:
+    """The confirmed arm against the better of off and the best static arm, at every load."""
+    print(f"\nrecommendation: {tuned.recommendation.headline}")
+    scheduled = [c for c in tuned.confirmations if c.arm == SCHEDULED]
+    if not scheduled:
+        print("no schedule was confirmed: MISSED")
+        return False
+    found = scheduled[-1]
+    for cell in found.cells:
+        print(
+            f"{cell.workload:<8}{cell.load.label:>5}  to off {cell.to_baseline.ratio:.2f} "
+            f"[{cell.to_baseline.low:.2f}, {cell.to_baseline.high:.2f}]   to the better of off and "
+            f"{found.static_arm} {cell.ratio:.2f} [{cell.low:.2f}, {cell.high:.2f}]"
+        )
+    production = tuned.search.design.production_workload
+    ours = [c.ratio for c in found.cells if c.workload == production]
+    met = bar(f"schedule / better of both, {production}, least of loads", min(ours), KEPT,
+              at_least=True)  # fmt: skip
+    alone = [c.to_baseline.ratio for c in found.cells if (c.workload, c.load.value) == ("json", 1)]
+    met &= bar("schedule / off, json at c1", alone[0] if alone else math.nan, AT_ONE, at_least=True)
+    return met
+
+
+def value_of(tables: tuple[TrialTable, ...]) -> float:
+    """Mean log goodput over repeats."""
+    return float(np.mean([log_goodput(table) for table in tables]))
+
+
+def trial_deviation(measured: Cells, sweep: StudyData) -> dict[LoadPoint, float]:
+    """How much a trial's log value differs by itself at each load, from the speedups' intervals."""
+    effects = speedup_effects(measured, sweep.design.arms[0].name)
+    return {
+        load: float(
+            np.median([e.se_log * math.sqrt(e.repeats / 2) for e in effects if e.load == load])
+        )
+        for load in sweep.design.loads
+    }
+
+
+def sweep_seconds(search: StudyData, sweep: StudyData, spent: Spent) -> float:
+    """The sweep's trials, and a start of every arm at what a start took in the search.
+
+    A study keeps how long load ran in a trial; warm-up and reading counters come on top. What they
+    add in the search, whose journal has both, they are taken to add in the sweep.
+    """
+
+    def load_s(study: StudyData) -> float:
+        return sum(part.duration_s for trial in study.trials for part in trial.parts)
+
+    overhead = sum(spent.trials.values()) / load_s(search)
+    return overhead * load_s(sweep) + spent.start_s * len(sweep.design.arms)
+
+
+def main() -> int:
+    """Run one part; 0 if all its bars are met."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    truths = parts.add_parser("truths")
+    truths.add_argument("--truths", type=int, default=200)
+    truths.add_argument("--first", type=int, default=0)
+    truths.add_argument("--processes", type=int, default=2)
+    real = parts.add_parser("embedded")
+    real.add_argument("folder", type=Path)
+    real.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    if options.part == "embedded":
+        return 0 if embedded(options.folder, options.repeats) else 1
+    met = tune_truths.run(options.truths, options.first, options.processes)
+    return 0 if undecidable() and met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
