@@ -10,7 +10,6 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import numpy as np
 
@@ -220,16 +219,8 @@ def extrapolate(
 class _Family:
     """Arms that differ in k only."""
 
+    name: str
     arms: tuple[Arm, ...]
-
-    @property
-    def name(self) -> str:
-        if len(self.arms) == 1:
-            return self.arms[0].name
-        first, last = min(self.arms, key=_name), max(self.arms, key=_name)
-        pairs = zip(first.name, last.name, strict=False)
-        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return re.sub(r"[\W_]*k?[\W_]*$", "", shared) or self.arms[0].name
 
     @property
     def method(self) -> str:
@@ -244,10 +235,6 @@ class _Family:
 
     def nearest(self, k: int) -> Arm:
         return min(self.arms, key=lambda arm: abs(_spoken(arm).k - k))
-
-
-def _name(arm: Arm) -> str:
-    return arm.name
 
 
 def _spoken(arm: Arm) -> Speculation:
@@ -272,7 +259,17 @@ def _families(
         else:
             options = repr(sorted(spoken.options.items()))
             held.setdefault((spoken.method, spoken.draft, options), []).append(arm)
-    return [_Family(tuple(arms)) for arms in held.values()], left_out
+    names = [_shared_name(arms) for arms in held.values()]
+    return [
+        _Family(name if names.count(name) == 1 else arms[0].name, tuple(arms))
+        for name, arms in zip(names, held.values(), strict=True)
+    ], left_out
+
+
+def _shared_name(arms: Sequence[Arm]) -> str:
+    """What the arms' names have in common, without their k: draft of draft-k1 and draft-k3."""
+    bare = [re.sub(rf"[\W_]*k[\W_]*{_spoken(arm).k}$", "", arm.name) for arm in arms]
+    return bare[0] if bare[0] and set(bare) == {bare[0]} else arms[0].name
 
 
 def _tables(study: StudyData) -> dict[str, list[TrialTable]]:

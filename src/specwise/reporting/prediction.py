@@ -152,7 +152,7 @@ def print_forecast(forecast: Forecast, console: Console | None = None) -> None:
     names = ["Speedup", "TPOT P50", "P99", "TTFT P50", "P99", "Out tok/s", *_goodput(scenario)]
     longest = max(len(found.arm) for found, _ in forecast.rows)
     shown = list(range(len(names)))
-    if out.width < longest + 60 + 9 * len(_goodput(scenario)):
+    if out.width < longest + 66 + 9 * len(_goodput(scenario)):
         shown = [place for place in shown if names[place] != "P99"]
     for place in shown:
         table.add_column(names[place], justify="right", no_wrap=True)
