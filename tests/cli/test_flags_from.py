@@ -17,8 +17,8 @@ from specwise.cli.flags_from import (
     Choice,
     argument_flags,
     choose,
+    read_assessment,
     served,
-    study_path,
     with_recommendation,
 )
 from specwise.cli.main import specwise
@@ -217,6 +217,8 @@ def test_the_embedded_engine_is_started_as_it_was_with_the_models_it_had() -> No
     assert command.has("--enforce-eager")
     assert not command.has("--port")
     assert dict(command.environment)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    unknown = served(study("on"), Choice(arm, arm.speculation, ""), version=Version(0, 32))
+    assert any("knows bundled:target and bundled:draft" in r for r in unknown.remarks)
 
 
 def test_every_word_of_an_argument_stays_with_its_flag() -> None:
@@ -304,16 +306,13 @@ def test_a_tunings_answer_takes_the_place_of_its_confirmations_verdict() -> None
 def test_of_a_tuning_the_confirmation_counts(tmp_path: Path) -> None:
     tuning = tmp_path / "tuned"
     write_study(tuning / "search", study("off"))
-    with pytest.raises(StoreError, match="not confirmed yet"):
-        study_path(tuning)
     confirmed = write_study(tuning / "confirm", study("on"))
-    assert study_path(tuning) == confirmed
-    assert study_path(tuning / "search") == tuning / "search"
-    assert study_path(tmp_path / "none") == tmp_path / "none"  # read_study says what is wrong
     done = run("--from", str(tuning), "--rollout")
     assert done.exit_code == 0, done.output
     assert "at no load is it slower than off" in done.stdout
     assert f"--against {confirmed} --arm draft_model" in done.stdout
+    with pytest.raises(StoreError, match="not a study folder"):
+        read_assessment(tmp_path / "none")
 
 
 def test_rollout_prints_a_note_with_both_commands(tmp_path: Path) -> None:

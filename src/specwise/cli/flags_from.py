@@ -20,7 +20,7 @@ from specwise.decision.evidence import gather_evidence
 from specwise.decision.schedule import ScheduleProposal
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, Deployment, Speculation, StudyData
-from specwise.errors import CommandError, InputError, MeasurementError, StoreError
+from specwise.errors import CommandError, InputError, MeasurementError
 from specwise.measurement.store import read_study
 from specwise.monitoring.rollout import Serving, plan_rollout, to_markdown
 from specwise.reporting.json_export import json_types
@@ -41,19 +41,32 @@ def is_tuning(path: Path) -> bool:
     return not (path / "manifest.json").exists() and (path / "search" / "manifest.json").exists()
 
 
-def study_path(path: Path) -> Path:
-    """The study folder that a user means by ``path``: itself, or of a tuning its confirmation.
+def read_assessment(path: Path) -> tuple[Path, Assessment]:
+    """The study folder that ``path`` stands for, and what is to be done by it.
 
-    Raises StoreError for a tuning that has no confirmation yet.
+    A study is its own folder. Of a tuning it is the confirmation that its answer rests on, and the
+    answer is the verdict. Raises StoreError for a folder that is neither.
     """
     if not is_tuning(path):
-        return path
-    if (path / "confirm" / "manifest.json").exists():
-        return path / "confirm"
-    raise StoreError(
-        f"{path} is a tuning that was not confirmed yet.",
-        f"Finish it, or give {path / 'search'} for what the search alone can say.",
-    )
+        study = read_study(path)
+        return path, assess(study, gather_evidence(study))
+    from specwise.cli.tune import read_tuning  # noqa: PLC0415
+
+    tuned = read_tuning(path)
+    study = _rests_on(tuned)
+    assessment = assess(study, gather_evidence(study))
+    return Path(study.folder), with_recommendation(assessment, tuned.recommendation)
+
+
+def _rests_on(tuned: Tuned) -> StudyData:
+    """The study in which a tuning confirmed what it recommends, else what else it measured."""
+    recommended = tuned.recommendation
+    for study in tuned.confirming:
+        arm = next((a for a in study.design.arms if a.name == recommended.arm), None)
+        ran = None if arm is None else arm.speculation
+        if ran is not None and ran.schedule == recommended.schedule:
+            return study
+    return (*tuned.confirming, tuned.search)[0]
 
 
 def with_recommendation(assessment: Assessment, recommended: Recommendation) -> Assessment:
@@ -194,6 +207,10 @@ def _whole(
         ran = (recorded.speculation or {}).get("model")
         speculation = replace(speculation, draft=_where(speculation.draft, ran))
     model = _where(deployment.model, recorded.model)
+    draft = speculation.draft if speculation else None
+    ours = [name for name in (model, draft) if _is_bundled(name)]
+    if ours:
+        remarks.append(f"Only specwise knows {' and '.join(map(str, ours))}: give vLLM its folder.")
     replaced = {flag.name for flag in extra}
     own = [f for f in _deployment_flags(deployment, model, remarks) if f.name not in replaced]
     # What ran goes on unchanged where lint could only guess: it would drop these.
@@ -334,9 +351,13 @@ def _recorded(described: Mapping[str, Any]) -> ServeCommand:
         return ServeCommand(None)
 
 
+def _is_bundled(name: str | None) -> bool:
+    return name is not None and name.startswith("bundled:")
+
+
 def _where(name: str, recorded: object) -> str:
     """A bundled model's folder on the machine that measured; other names as they are."""
-    return recorded if name.startswith("bundled:") and isinstance(recorded, str) else name
+    return recorded if _is_bundled(name) and isinstance(recorded, str) else name
 
 
 def flags_from_study(
@@ -350,7 +371,7 @@ def flags_from_study(
     as_json: bool,
 ) -> int:
     """Print the command, or the rollout note; returns the exit code."""
-    folder, assessment = _read(path)
+    folder, assessment = read_assessment(path)
     study = assessment.study
     choice = choose(assessment, arm=arm)
     wanted = Version.parse(version) if version else None
@@ -395,30 +416,6 @@ def flags_from_study(
         say_findings(findings)
         click.echo(text, nl=False)
     return 1 if result.checked is not None and result.checked.refused else 0
-
-
-def _read(path: Path) -> tuple[Path, Assessment]:
-    """The study folder that ``path`` stands for, and what is to be done by it."""
-    if not is_tuning(path):
-        study = read_study(path)
-        return path, assess(study, gather_evidence(study))
-    from specwise.cli.tune import read_tuning  # noqa: PLC0415
-
-    tuned = read_tuning(path)
-    study = _rests_on(tuned)
-    assessment = assess(study, gather_evidence(study))
-    return Path(study.folder), with_recommendation(assessment, tuned.recommendation)
-
-
-def _rests_on(tuned: Tuned) -> StudyData:
-    """The study in which a tuning confirmed what it recommends, else what else it measured."""
-    recommended = tuned.recommendation
-    for study in tuned.confirming:
-        arm = next((a for a in study.design.arms if a.name == recommended.arm), None)
-        ran = None if arm is None else arm.speculation
-        if ran is not None and ran.schedule == recommended.schedule:
-            return study
-    return (*tuned.confirming, tuned.search)[0]
 
 
 def _serving(
