@@ -21,6 +21,7 @@ from specwise.decision.deployment import (
     settled,
     to_confirm,
 )
+from specwise.decision.findings import percent
 from specwise.decision.tuning import (
     USUAL_START_S,
     Next,
@@ -246,7 +247,7 @@ def test_a_spent_budget_ends_it_and_says_what_could_be_lost() -> None:
     tuning = Tuning(TURNING, budget_s=60.0, tolerance=1e-4).run()
     assert tuning.last.stopped == "budget"
     assert "1 min is spent" in tuning.last.reason
-    assert f"{tuning.last.standing.regret_bound:.1%}" in tuning.last.reason
+    assert percent(tuning.last.standing.regret_bound) in tuning.last.reason
 
 
 def test_a_server_that_is_up_is_preferred_to_one_that_takes_long_to_start() -> None:
@@ -408,7 +409,7 @@ def test_noise_that_cannot_be_decided_ends_in_measure_more() -> None:
         tuning.design, tuning.last.standing, ways, (), stopped="budget", tolerance=0.02
     )
     assert answer.decision is Decision.MEASURE_MORE
-    assert f"{tuning.last.standing.regret_bound:.1%}" in answer.headline
+    assert percent(tuning.last.standing.regret_bound) in answer.headline
     assert "--resume" in answer.reasons[-1]
 
 

@@ -77,7 +77,7 @@ def test_the_defaults_are_one_to_eight_both_samplings_and_an_idle_arm_each() -> 
     assert all(family_of(arm) == f for f, names in families(design).items() for arm in names)
     idle = design.arm("draft-probabilistic-idle").speculation
     assert idle is not None
-    assert (idle.k, idle.schedule) == (8, ((1, 1, 8), (2, 1024, 0)))
+    assert (idle.k, idle.schedule) == (8, ((1, 1024, 0),))
     assert idle.options == {"draft_sample_method": "probabilistic"}
     assert design.tune == TuneSettings(tolerance=0.02, budget_s=None)
 

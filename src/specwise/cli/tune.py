@@ -182,21 +182,39 @@ def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool)
 
     if not tuned.stopped:
         return
-    for number, way in enumerate(to_confirm(tuned.ways, tuned.tolerance), start=1):
+    for way in to_confirm(tuned.ways, tuned.tolerance):
         if any(c.outcome == "confirmed" for c in tuned.confirmations):
             return
-        where = path / (CONFIRM if number == 1 else f"{CONFIRM}-{number}")
-        if (where / "manifest.json").exists():
-            folder = StudyFolder.open(where)
-        else:
-            design = confirmation_design(tuned.search.design, way, repeats=repeats)
-            text = (path / SEARCH / "study.toml").read_text(encoding="utf-8")
-            folder = StudyFolder.create(where, design, describe_here(), text)
+        design = confirmation_design(tuned.search.design, way, repeats=repeats)
+        folder = _confirmation_folder(path, design)
         if not quiet:
             arms = ", ".join(arm.name for arm in folder.design.arms)
             click.echo(f"\nConfirming on requests dealt anew: {arms}")
         _run_confirmation(folder, base, quiet=quiet)
         tuned = read_tuning(path)
+
+
+def _confirmation_folder(path: Path, design: StudyDesign) -> StudyFolder:
+    """The confirmation of these arms in the tuning at ``path``: one that is there, or a new one.
+
+    A tuning that goes on under other settings may have other arms to confirm.
+    """
+    held = confirmation_paths(path)
+    for where in held:
+        folder = StudyFolder.open(where)
+        if folder.design.arms == design.arms:
+            return folder
+    where = path / (f"{CONFIRM}-{len(held) + 1}" if held else CONFIRM)
+    text = (path / SEARCH / "study.toml").read_text(encoding="utf-8")
+    return StudyFolder.create(where, design, describe_here(), text)
+
+
+def confirmation_paths(path: Path) -> list[Path]:
+    """The confirmations of the tuning in ``path``, oldest first."""
+    found: list[Path] = []
+    while (where := path / (f"{CONFIRM}-{len(found) + 1}" if found else CONFIRM)).exists():
+        found.append(where)
+    return found
 
 
 def _run_confirmation(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
@@ -227,10 +245,7 @@ def read_tuning(path: Path) -> Tuned:
     from specwise.decision.deployment import assess_tuning  # noqa: PLC0415 - scipy loads here
 
     search = StudyFolder.open(search_path(path))
-    folders = [path / CONFIRM, path / f"{CONFIRM}-2"]
-    confirming = [
-        StudyFolder.open(where).read() for where in folders if (where / "manifest.json").exists()
-    ]
+    confirming = [StudyFolder.open(where).read() for where in confirmation_paths(path)]
     settings = search.design.tune or TuneSettings()
     return assess_tuning(
         search.read(),
@@ -245,13 +260,21 @@ def show(tuned: Tuned, path: Path, *, as_json: bool) -> None:
     """Write the page and the JSON of a tuning, print it, and exit by its recommendation."""
     import orjson  # noqa: PLC0415 - what follows takes a while to load
 
+    from specwise.decision.assessment import assess  # noqa: PLC0415
+    from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.decision.verdict import exit_code  # noqa: PLC0415
+    from specwise.reporting.html import write_report  # noqa: PLC0415
+    from specwise.reporting.json_export import write_json  # noqa: PLC0415
     from specwise.reporting.tuning import (  # noqa: PLC0415
         print_tuning,
         tuning_to_dict,
         write_tuning,
     )
 
+    for study in tuned.confirming:  # the evidence behind the answer: the page links to it
+        assessment = assess(study, gather_evidence(study))
+        write_report(assessment, Path(study.folder) / "report.html")
+        write_json(assessment, Path(study.folder) / "assessment.json")
     page = path / "report.html"
     write_tuning(tuned, page)
     answer = orjson.dumps(tuning_to_dict(tuned), option=orjson.OPT_INDENT_2)

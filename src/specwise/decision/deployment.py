@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from specwise.analysis.cells import Cells, cells
 from specwise.analysis.comparison import Effect, speedup_effects
-from specwise.decision.findings import counted, listed
+from specwise.decision.findings import counted, listed, percent
 from specwise.decision.schedule import Composed, Lengths, compose
 from specwise.decision.tuning import Spent, Standing, survey, sweep_seconds
 from specwise.decision.verdict import Decision
@@ -341,7 +341,7 @@ def _outcome(
         reasons.append(f"only {len(ours)} of {counted(loads, 'load')} were measured")
     if doubtful:
         reasons.append(
-            f"room for a loss of more than {1 - KEPT:.0%} is left at "
+            f"room for a loss of more than {percent(1 - KEPT)} is left at "
             + listed([f"{c.load.label} ({_span(c.to_baseline)})" for c in doubtful])
         )
     if behind:
@@ -398,8 +398,8 @@ def recommend(
     reached.
     """
     bound = (
-        f"the remaining regret is at most {standing.regret_bound:.1%} "
-        f"(tolerance {tolerance:.1%}; {_STOPPED.get(stopped, 'not finished')})"
+        f"the remaining regret is at most {percent(standing.regret_bound)} "
+        f"(tolerance {percent(tolerance)}; {_STOPPED.get(stopped, 'not finished')})"
     )
     for confirmation in confirmations:
         if confirmation.outcome == "confirmed":
@@ -417,17 +417,22 @@ def recommend(
             None,
             (),
             "Leave speculation off: nothing tried is faster without being slower elsewhere.",
-            (*refused, *(f"{w.family}: {w.note}." for w in ways if w.note), f"{bound}."),
+            (*refused, *(f"{w.family}: {w.note}." for w in ways if w.note), f"{_sentence(bound)}."),
             _routing(design, standing, confirmations),
         )
+    open_ = [c for c in confirmations if c.outcome == "undecided"]
+    headline = f"Not decided: {bound}."
+    if open_:
+        headline = f"Not decided: the confirmation of {open_[0].arm} leaves it open."
     return Recommendation(
         Decision.MEASURE_MORE,
         None,
         None,
         (),
-        f"Not decided: {bound}.",
+        headline,
         (
             *refused,
+            *([f"{_sentence(bound)}."] if open_ else []),
             "Give more minutes (--budget), more requests a trial or a quieter machine, and go on "
             "with --resume: nothing measured is lost.",
         ),
@@ -486,7 +491,7 @@ def _confirmed(confirmation: Confirmation, bound: str) -> Recommendation:
         confirmation.arm,
         rows,
         f"Turn speculation on {how}: at no load is it slower than off.",
-        (*(f"Confirmed: {reason}." for reason in confirmation.reasons), f"{bound}."),
+        (*(f"Confirmed: {reason}." for reason in confirmation.reasons), f"{_sentence(bound)}."),
     )
 
 
@@ -497,8 +502,15 @@ _STOPPED = {
 }
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _rows(rows: Sequence[tuple[int, int, int]]) -> str:
-    return ", ".join(f"{first}-{last}: k={k}" for first, last, k in rows)
+    """``1: k=6, 2 to 9: k=2, from 10: k=0``."""
+    *closed, last = rows
+    spans = [f"{a} to {b}: k={k}" if b > a else f"{a}: k={k}" for a, b, k in closed]
+    return ", ".join([*spans, f"from {last[0]}: k={last[2]}"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,6 +250,11 @@ def metric_name(metric: str) -> str:
     return f"{name.upper()} {kind if kind == 'mean' else kind.upper()}"
 
 
+def percent(share: float) -> str:
+    """``1.9 %`` for 0.019, ``38 %`` for 0.384."""
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 repeat``, ``2 repeats``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -28,7 +28,7 @@ from specwise.decision.belief import (
     regret,
     worth,
 )
-from specwise.decision.findings import listed
+from specwise.decision.findings import listed, percent
 from specwise.domain import LoadPoint, PickRecord, Purpose, Speculation, StudyDesign, Trial
 from specwise.measurement.sweep import families
 
@@ -204,7 +204,7 @@ def next_pick(
     if budget_s is not None and spent.total_s >= budget_s:
         reason = (
             f"the budget of {budget_s / 60:g} min is spent; the bound on the remaining regret is "
-            f"{standing.regret_bound:.1%}"
+            f"{percent(standing.regret_bound)}"
         )
         return Next(None, reason, "budget", standing)
     for trial, reason in _opening(design):
@@ -212,8 +212,8 @@ def next_pick(
             return Next(trial, reason, "", standing)
     if standing.regret_bound <= tolerance:
         reason = (
-            f"the bound on the remaining regret, {standing.regret_bound:.1%}, is within the "
-            f"tolerance of {tolerance:.1%}"
+            f"the bound on the remaining regret, {percent(standing.regret_bound)}, is within the "
+            f"tolerance of {percent(tolerance)}"
         )
         return Next(None, reason, "tolerance", standing)
     clock = _Clock(design, measured, spent, standing.belief)
@@ -227,7 +227,7 @@ def next_pick(
     if chosen is None:
         reason = (
             "every trial of the sweep was run; the bound on the remaining regret is "
-            f"{standing.regret_bound:.1%}"
+            f"{percent(standing.regret_bound)}"
         )
         return Next(None, reason, "exhausted", standing)
     return Next(chosen[0], chosen[1], "", standing)
@@ -340,9 +340,9 @@ def _most_worth(
     _, trial, preceded = max(ranked, key=lambda item: item[0])
     cell_standing = standing.cell(trial.workload, trial.load)
     reason = (
-        f"{trial.workload} at {trial.load.label} may lose {cell_standing.regret:.1%} with "
+        f"{trial.workload} at {trial.load.label} may lose {percent(cell_standing.regret)} with "
         f"{cell_standing.best}; {trial.arm} has a chance of "
-        f"{_chance(cell_standing, trial.arm):.0%} to be the best"
+        f"{percent(_chance(cell_standing, trial.arm))} to be the best"
     )
     if preceded:
         first = open_trials[baseline, trial.workload, trial.load]
@@ -637,4 +637,4 @@ def summary_line(standing: Standing, design: StudyDesign) -> str:
         for cell in standing.cells
         if cell.workload == design.production_workload
     ]
-    return f"best so far: {listed(chosen)}; at most {standing.regret_bound:.1%} to lose"
+    return f"best so far: {listed(chosen)}; at most {percent(standing.regret_bound)} to lose"

@@ -25,7 +25,6 @@ from specwise.vllm.command import Version
 from specwise.vllm.flags import METHODS_WITH_SCHEDULE, SCHEDULE_START
 
 LENGTHS: Final = (1, 2, 3, 4, 5, 6, 7, 8)
-_IDLE_ABOVE: Final = 1  # the largest batch at which an idle arm still drafts
 _LARGEST_BATCH: Final = 1024
 
 
@@ -175,8 +174,7 @@ def _family(arm: Arm, plan: SweepPlan, version: str | None) -> list[Arm]:
     ]
     if plan.idle and follows_schedules(speculation, deployment, version):
         longest = lengths[-1]
-        rows = ((1, _IDLE_ABOVE, longest), (_IDLE_ABOVE + 1, _LARGEST_BATCH, 0))
-        idle = replace(speculation, k=longest, schedule=rows)
+        idle = replace(speculation, k=longest, schedule=((1, _LARGEST_BATCH, 0),))
         found.append(replace(arm, name=f"{arm.name}-idle", speculation=idle))
     return found
 
