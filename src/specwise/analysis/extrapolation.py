@@ -311,7 +311,9 @@ def _fit_note(name: str, fit: Fit) -> str:
 
 def _beyond(predicted: StudyData, fits: Mapping[str, Fit]) -> str:
     """At which loads more requests run at once than in any step of the study; empty if at none."""
-    most = max(step.requests for fit in fits.values() for step in fit.observed)
+    steps = [step for fit in fits.values() for step in fit.observed]
+    decoding = [step for step in steps if step.k is None and step.tokens <= step.requests]
+    most = max(step.requests for step in decoding or steps)
     found = set()
     for measured in predicted.trials:
         running = [g.running for part in measured.parts for g in part.gauges if g.running]

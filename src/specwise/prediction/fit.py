@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from specwise.errors import InputError, StoreError
@@ -30,6 +31,8 @@ from specwise.prediction.costs import StepShape
 SCHEMA_VERSION = 1
 KNOTS = (4, 16, 64, 256)
 _STEP_NOISE = 0.02  # relative; weighs a slope that was found apart against the steps
+_FEWEST_ABOVE = 3
+_REWEIGHTED = 6
 _NEXT = "Make one with `specwise calibrate --out FILE`."
 
 
@@ -159,16 +162,7 @@ def fit_methods(
         own = [_draft_basis(o, methods[name]) for o in by_method[name]]
         drafting[begins[place + 1] : begins[place + 2], 2 * place : 2 * place + 2] = own
     rows = np.hstack([rows, drafting])
-    weighted, ones = rows / seconds[:, None], np.ones(len(seconds))
-    if context_slope is not None:
-        slope, error = context_slope
-        row = np.zeros(rows.shape[1])
-        row[_CONTEXT] = _STEP_NOISE / error
-        weighted, ones = (
-            np.vstack([weighted, row]),
-            np.append(ones, max(slope, 0.0) * row[_CONTEXT]),
-        )
-    coefficients, _ = nnls(weighted, ones)
+    coefficients = _coefficients(rows, seconds, context_slope)
     residuals = rows @ coefficients / seconds - 1
     count = len(KNOTS)
     base, token, context = (float(c) for c in coefficients[:3])
@@ -190,6 +184,34 @@ def fit_methods(
             about=about,
         )
     return found
+
+
+def _coefficients(
+    rows: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+    context_slope: tuple[float, float] | None,
+) -> NDArray[np.float64]:
+    """NNLS on relative errors, those far above the usual counting less (Huber's weights).
+
+    A knot that hardly any step lies above is left alone: one slow step would be its slope.
+    """
+    relative = rows / seconds[:, None]
+    for place, knot in enumerate(KNOTS):
+        if (rows[:, 1] > knot).sum() < _FEWEST_ABOVE:
+            relative[:, [_CONTEXT + 1 + place, _CONTEXT + 1 + len(KNOTS) + place]] = 0.0
+    prior = np.zeros((1, rows.shape[1]))
+    wanted = 0.0
+    if context_slope is not None:
+        slope, error = context_slope
+        prior[0, _CONTEXT] = _STEP_NOISE / error
+        wanted = max(slope, 0.0) * prior[0, _CONTEXT]
+    weights = np.ones(len(seconds))
+    for _ in range(_REWEIGHTED):
+        found, _ = nnls(np.vstack([relative * weights[:, None], prior]), np.append(weights, wanted))
+        errors = np.abs(relative @ found - 1)
+        usual = max(_STEP_NOISE, 1.4826 * float(np.median(errors)))
+        weights = np.sqrt(np.minimum(1.0, 2 * usual / np.maximum(errors, 1e-12)))
+    return np.asarray(found)
 
 
 _CONTEXT = 2  # the place of c in `_target_basis`
