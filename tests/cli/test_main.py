@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,21 @@ from specwise.cli.main import STAGES, main
 
 
 def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What the command does, done in this process: a new one imports for a second or two."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with (
+        contextlib.chdir(folder or Path()),
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as left,
+    ):
+        main(list(arguments))
+    assert left.value.code is None or isinstance(left.value.code, int)
+    said = [stream.buffer.getvalue().decode() for stream in (out, errors)]
+    return subprocess.CompletedProcess(arguments, left.value.code or 0, *said)
+
+
+def process(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "specwise.cli.main", *arguments],
         capture_output=True,
@@ -19,11 +37,6 @@ def run(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProc
         timeout=60,
         check=False,
     )
-
-
-@pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def test_help_groups_the_commands_by_stage() -> None:
@@ -66,24 +79,24 @@ def test_help_loads_nothing_heavy() -> None:
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )
-@pytest.mark.usefixtures("empty_folder")
 def test_bad_input_is_one_clear_error(
-    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == code
-    said = capsys.readouterr()
-    assert message in said.err
-    assert "Traceback" not in said.err
-    assert said.out == ""
-
-
-def test_a_process_says_it_in_the_same_way(tmp_path: Path) -> None:
-    done = run("decide", "none", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("specwise: ")
+    done = run(*arguments, folder=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["decide", "none"], ["nonsense"]])
+def test_a_process_says_the_same(tmp_path: Path, arguments: list[str]) -> None:
+    one, other = run(*arguments, folder=tmp_path), process(*arguments, folder=tmp_path)
+    assert (one.returncode, one.stdout, one.stderr) == (
+        other.returncode,
+        other.stdout,
+        other.stderr,
+    )
 
 
 def test_the_example_study_can_be_planned(tmp_path: Path) -> None:
