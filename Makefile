@@ -2,6 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 SPECWISE := $(VENV)/bin/specwise
+# For two cores: many tests wait, for a server or for a process.
+WORKERS ?= 3
+
+# Containers set it; then each of the hundreds of processes that tests start compiles everything.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint lock clean
 
@@ -16,7 +21,8 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -m "not alone" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/pytest -m alone
 
 $(VENV)/.installed: requirements/runtime.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

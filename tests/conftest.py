@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # A busy machine makes a slow example, not a wrong one.
 settings.register_profile("specwise", deadline=None)
 settings.load_profile("specwise")
+
+HERE = Path(__file__).parent
+# What they compare with the clock would be another test's doing if that ran beside them.
+ALONE = [
+    HERE / "real_vllm",
+    HERE / "measurement" / "test_calibration.py",
+    HERE / "measurement" / "test_connection.py",
+    HERE / "measurement" / "test_load.py",
+    HERE / "monitoring" / "test_tap.py",
+    HERE / "monitoring" / "test_tap_reading.py",
+    HERE / "prediction" / "test_known_truth.py",
+    HERE / "prediction" / "test_twin.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make test` runs one by one, after all others."""
+    assert all(path.exists() for path in ALONE)
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 def pytest_configure() -> None:
