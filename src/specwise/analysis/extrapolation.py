@@ -116,11 +116,13 @@ def extrapolate(
     slo: Slo | None = None,
     seed: int = 0,
     repeats: int = 2,
+    requests_at: Mapping[LoadPoint, int] | None = None,
 ) -> Extrapolation:
     """Every arm with a static draft length at ``loads``, and with each other draft length ``ks``.
 
-    ``loads`` are by default the study's own and two and four times production's. Arms that differ
-    in k only share acceptance and costs. Raises InputError where the study is too small to fit
+    ``loads`` are by default the study's own and two and four times production's; every simulated
+    trial has requests enough for its load, or ``requests_at`` it. Arms that differ in k only share
+    acceptance and costs. Raises InputError where the study is too small to fit
     costs to, or has no arm whose acceptance is known.
     """
     design = study.design
@@ -179,7 +181,7 @@ def extrapolate(
             loads=asked,
             production_load=at,
             slo=slo or design.slo,
-            trials=planned_trials(planned, workload.name, asked, repeats),
+            trials=planned_trials(planned, workload.name, asked, repeats, requests_at),
             experiment="",
         ),
         arms=sim_arms,

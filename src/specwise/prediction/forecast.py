@@ -430,9 +430,13 @@ def _memory(scenario: Scenario, draft: Checkpoint | None) -> Any:
 
 
 def planned_trials(
-    arms: Sequence[Arm], workload: str, loads: Sequence[LoadPoint], repeats: int
+    arms: Sequence[Arm],
+    workload: str,
+    loads: Sequence[LoadPoint],
+    repeats: int,
+    requests_at: Mapping[LoadPoint, int] | None = None,
 ) -> tuple[Trial, ...]:
-    """Every arm at every load, with requests enough for that load."""
+    """Every arm at every load, with ``requests_at`` that load, by default enough for it."""
     trials: list[Trial] = []
     fewest, most = _REQUESTS
     for repeat in range(repeats):
@@ -440,6 +444,7 @@ def planned_trials(
             requests = int(min(max(fewest, 4 * load.value), most))
             if load.loop is Loop.OPEN:
                 requests = int(min(max(120, 30 * load.value), most))
+            requests = (requests_at or {}).get(load, requests)
             for arm in arms:
                 trials.append(
                     Trial(
