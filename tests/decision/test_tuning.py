@@ -181,12 +181,12 @@ def test_the_opening_shows_the_baseline_its_noise_and_each_method() -> None:
         ("baseline", 16, measure),
         ("baseline", 4, again),
     ]
-    assert probe_arms(tuning.design) == ("draft-k4", "ngram-k4")
+    assert probe_arms(tuning.design) == ("draft-k2", "ngram-k2")
     assert opening[4:8] == [
-        ("draft-k4", 1, measure),
-        ("draft-k4", 4, measure),
-        ("ngram-k4", 1, measure),
-        ("ngram-k4", 4, measure),
+        ("draft-k2", 1, measure),
+        ("draft-k2", 4, measure),
+        ("ngram-k2", 1, measure),
+        ("ngram-k2", 4, measure),
     ]
 
 

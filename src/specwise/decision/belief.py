@@ -32,6 +32,7 @@ _OWN_ERROR = 0.012  # of one cell's prediction, shared with no other
 _ERRORS: Mapping[Known, float] = {"itself": 0.07, "its method": 0.14, "nothing": 0.35}
 """Standard deviation of log(measured / predicted) by what the prediction rests on. The first is
 what the embedded engine and the simulator showed (docs/concepts/tuning.md)."""
+_IDLE_ERROR = 0.4  # of that, for an arm that idles: acceptance and verifying are not in it
 _ERROR_SCALES = (0.6, 1.0, 1.6)
 _MACHINE_DEVIATIONS = (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1)
 _USUAL_MACHINE, _SPREAD = 0.015, 0.8  # log-normal prior of a trial's own deviation
@@ -108,7 +109,12 @@ def believe(
     nothing, give or take a third.
     """
     mean = np.array([[predicted.get((c.arm, *cell), 0.0) for cell in cells] for c in candidates])
-    scale = np.array([_ERRORS[rests_on.get(c.family, "nothing")] for c in candidates])
+    scale = np.array(
+        [
+            _ERRORS[rests_on.get(c.family, "nothing")] * (1.0 if c.k else _IDLE_ERROR)
+            for c in candidates
+        ]
+    )
     shared = _covariance(candidates, cells, workloads, scale)
     own = _OWN_ERROR**2 * np.eye(len(shared))
     if not observed:

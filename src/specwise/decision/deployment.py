@@ -459,12 +459,13 @@ def _routing(design: StudyDesign, standing: Standing, confirmations: Sequence[Co
             return _two_pools(design, confirmation.arm, good)
     found: dict[str, list[str]] = {}
     gains: dict[str, float] = {}
+    ran = {a.arm for c in standing.cells for a in c.arms if a.trials}
     for name in [a for arms in families(design).values() for a in arms if not _schedule(design, a)]:
         for segment in design.segments:
             cells_of = [c for c in standing.cells if c.workload == segment.name]
             own_arm = [a for c in cells_of for a in c.arms if a.arm == name]
             keeps = bool(own_arm) and all(a.gain >= KEPT and a.high >= 1 for a in own_arm)
-            if keeps and any(a.low > 1 and a.trials for a in own_arm):
+            if name in ran and keeps and any(a.low > 1 for a in own_arm):
                 found.setdefault(name, []).append(segment.name)
                 gains[name] = gains.get(name, 0.0) + sum(math.log(a.gain) for a in own_arm)
     for name in sorted(found, key=lambda name: -gains[name]):

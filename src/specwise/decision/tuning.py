@@ -36,6 +36,7 @@ Floats = NDArray[np.float64]
 
 USUAL_START_S = 60.0
 _USUAL_TRIAL_S = 10.0
+_TRIALS_A_START = 3  # a server is started for about that many trials: its start is shared by them
 _SHRUNK_BY = 6.0  # requests that the pooled variance counts for beside a trial's own
 
 
@@ -251,15 +252,15 @@ def sweep_seconds(design: StudyDesign, measured: Cells, spent: Spent) -> float:
 
 
 def probe_arms(design: StudyDesign) -> tuple[str, ...]:
-    """For each method (and draft model) the arm that is tried first: k nearest to 4.
+    """For each method (and draft model) the arm that is tried first: k nearest to 3, or below.
 
-    The middle of what is asked for shows the acceptance of most positions and is seldom far from
-    the best.
+    It shows the acceptance of the positions that matter most and is seldom far from the best, so
+    that its server is of use later.
     """
     found: dict[tuple[str, str | None], str] = {}
     for arms in families(design).values():
         static = [a for a in arms if not _speculation(design, a).schedule]
-        middle = min(static, key=lambda a: (abs(_speculation(design, a).k - 4), a))
+        middle = min(static, key=lambda a: (abs(_speculation(design, a).k - 3), a))
         speculation = _speculation(design, middle)
         found.setdefault((speculation.method, speculation.draft), middle)
     return tuple(found.values())
@@ -312,8 +313,7 @@ def _most_worth(
     """The trial with the most expected gain per second, and why.
 
     A trial whose block has no baseline yet is preceded by the baseline's, which its cost counts. A
-    server that is not up costs its start, shared by as many trials as there are loads: it is not
-    started for one trial alone.
+    server that is not up costs a share of its start: it is not started for one trial alone.
     """
     belief = standing.belief
     baseline = clock.baseline
@@ -370,7 +370,7 @@ class _Clock:
 
     def __init__(self, design: StudyDesign, measured: Cells, spent: Spent, belief: Belief) -> None:
         self.baseline = design.arms[0].name
-        self.start_s = spent.start_s / len(design.loads)
+        self.start_s = spent.start_s / _TRIALS_A_START
         self._belief = belief
         self._took: dict[LoadPoint, list[float]] = {}
         self._own: dict[tuple[str, str, LoadPoint], float] = {}
