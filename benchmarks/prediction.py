@@ -2,8 +2,9 @@
 
     python benchmarks/prediction.py [SECTION ...]
 
-Sections: ``published`` (other people's measurements reproduced), ``simulation`` (its speed) and
-``embedded`` (calibrated on the real engine, judged on waves it has not seen; minutes). A section is
+Sections: ``published`` (other people's measurements reproduced), ``simulation`` (its speed),
+``from-study`` (`predict --from`: simulated studies, asked at other loads) and ``embedded``
+(calibrated on the real engine, judged on waves it has not seen; minutes). A section is
 a module beside this one and its function, which prints and says whether its bars are met.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 SECTIONS = {
     "published": ("prediction_published", "print_published"),
     "simulation": ("prediction_simulation", "print_speed"),
+    "from-study": ("prediction_from_study", "known_truths"),
     "embedded": ("prediction_embedded", "print_embedded"),
 }
 

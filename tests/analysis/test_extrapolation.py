@@ -275,3 +275,19 @@ def test_requests_arrive_as_in_the_study(process: str) -> None:
     assert np.mean(gaps) == pytest.approx(0.25, rel=0.6)
     spread = np.std(gaps) / np.mean(gaps)
     assert spread < 0.01 if process == "constant" else spread > 1.5
+
+
+def test_chunks_of_several_steps_are_one_clear_error(measured: StudyData) -> None:
+    def merged(times: tuple[float, ...]) -> tuple[float, ...]:
+        return (times[0], *times[5::5])
+
+    trials = []
+    for trial in measured.trials:
+        records = tuple(
+            replace(r, chunk_s=merged(r.chunk_s), chunk_tokens=(1,) + (9,) * len(r.chunk_s[5::5]))
+            for r in trial.records
+        )
+        trials.append(replace(trial, records=records))
+    with pytest.raises(InputError, match="several steps came in one chunk") as error:
+        extrapolate(replace(measured, trials=tuple(trials)))
+    assert "--stream-interval" in str(error.value)

@@ -137,17 +137,21 @@ def extrapolate(
     traffic = _traffic(study, tables)
     workload = design.workload(design.production_workload)
     segments = [name for name, _ in workload.shares]
+    limits = _Limits(study, tables, max(sum(size) for t in traffic.values() for size in t.sizes))
     accepted: dict[str, tuple[dict[str, Prior], Prior]] = {}
+    reasons: list[InputError] = []
     for family in families:
         try:
-            accepted[family.name] = _acceptance(design.name, family, tables, segments)
+            found = _acceptance(design.name, family, tables, segments)
+            _decoding(design.name, family.arms, tables, limits)
         except InputError as error:
-            left_out.append(error.what)
-            reason = error
+            reasons.append(error)
+        else:
+            accepted[family.name] = found
     families = [family for family in families if family.name in accepted]
     if not families:
-        raise reason
-    limits = _Limits(study, tables, max(sum(size) for t in traffic.values() for size in t.sizes))
+        raise reasons[0]
+    left_out += [f"Left out: {error.what}" for error in reasons]
     fits = _fits(study, families, tables, limits)
     candidates: list[Candidate] = []
     sim_arms = {
@@ -338,19 +342,34 @@ def _fits(
     limits: _Limits,
 ) -> dict[str, Fit]:
     """A fit for each family, all with one target: verifying costs the same whatever drafted."""
-    baseline = study.design.arms[0]
-
-    def steps(arm: Arm) -> list[ObservedStep]:
-        longest = min(limits.batched_tokens(arm), LONGEST_PROMPT)
-        return steps_of(tables[arm.name], arm.speculation, longest)
-
+    name, baseline = study.design.name, study.design.arms[0]
     return fit_methods(
-        steps(baseline),
-        {family.name: [s for arm in family.arms for s in steps(arm)] for family in families},
-        about={"study": study.design.name},
+        _decoding(name, [baseline], tables, limits),
+        {family.name: _decoding(name, family.arms, tables, limits) for family in families},
+        about={"study": name},
         methods={family.name: family.method for family in families},
         context_slope=context_slope(gaps_of(tables[baseline.name], None)),
     )
+
+
+def _decoding(
+    study: str,
+    arms: Sequence[Arm],
+    tables: Mapping[str, Sequence[TrialTable]],
+    limits: _Limits,
+) -> list[ObservedStep]:
+    """The steps of ``arms``; InputError where there are none in which a request decodes."""
+    found = []
+    for arm in arms:
+        longest = min(limits.batched_tokens(arm), LONGEST_PROMPT)
+        found += steps_of(tables[arm.name], arm.speculation, longest)
+    if all(step.prefill for step in found):
+        raise InputError(
+            f"No engine steps can be read from the trials of {arms[0].name} in {study}: too few "
+            "tokens were streamed, or several steps came in one chunk.",
+            "Measure longer answers, from a server without --stream-interval.",
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,7 +447,7 @@ def _acceptance(
     known = {segment: held for segment, held in found.items() if held is not None}
     if whole is None or len(known) < len(segments):
         raise InputError(
-            f"{family.name} is left out: it has no acceptance.",
+            f"{family.name} of {study} has no acceptance.",
             "Measure it with per-request metrics, or leave --from and give --acceptance.",
         )
     return known, whole
