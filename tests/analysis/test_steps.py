@@ -123,6 +123,14 @@ def test_who_was_running_is_not_known_after_the_first_request_that_a_stop_cut_of
     assert sum(step.steps for step in cut) == 28
 
 
+def test_nobody_is_known_to_be_alone_after_that_either() -> None:
+    one_by_one = [record(i, every(1 + 10 * i, 0.5, 10)) for i in range(4)]
+    later = record(4, every(1, 0.5, 10), part=1)
+    [first] = [s for s in observed_steps(table(*one_by_one, later), None) if s.prefill]
+    assert first.steps == 4, "the fifth, and three before the one that may have had company"
+    assert (first.tokens, first.seconds) == (10, 1)
+
+
 def test_a_chunk_of_several_steps_is_left_out() -> None:
     merged = record(0, every(1, 0.5, 20), chunk_tokens=(1,) + (2,) * 19, output_tokens=39)
     assert not [s for s in observed_steps(table(merged), None) if not s.prefill]

@@ -9,6 +9,7 @@ import pytest
 from tests.analysis.test_extrapolation import scenario
 from tests.cli.test_main import run
 
+from specwise.domain import Loop, StudyData
 from specwise.measurement.store import StudyFolder
 from specwise.prediction.forecast import forecast_study
 
@@ -77,13 +78,10 @@ def test_a_page_that_cannot_be_written_is_one_clear_error() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small study of known costs, written as a measurement is."""
-    asked = scenario((1.0, 4.0, 16.0))
-    simulated = forecast_study(asked, repeats=1)
+def written(simulated: StudyData, path: Path) -> Path:
+    """A simulated study, written as a measurement is."""
     design = replace(simulated.design, timeout_s=60.0)
-    folder = StudyFolder.create(tmp_path_factory.mktemp("from") / "study", design, {}, "")
+    folder = StudyFolder.create(path, design, {}, "")
     for measured in simulated.trials:
         with folder.recording(measured.trial) as writer:
             for record in measured.records:
@@ -92,6 +90,27 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.part(part)
             writer.complete()
     return folder.path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study of known costs."""
+    simulated = forecast_study(scenario((1.0, 4.0, 16.0)), repeats=1)
+    return written(simulated, tmp_path_factory.mktemp("from") / "study")
+
+
+def test_rates_arrive_as_the_studys_own_do(tmp_path: Path) -> None:
+    asked = scenario((1.0, 2.0, 4.0), loop=Loop.OPEN)
+    bursts = tuple(replace(load, arrivals="gamma", burstiness=0.5) for load in asked.loads)
+    simulated = forecast_study(replace(asked, loads=bursts, production=bursts[1]), repeats=1)
+    done = run(
+        "predict", "--from", str(written(simulated, tmp_path / "s")), "--rate", "2,6", "--json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    loads = [s["load"] for s in json.loads(done.stdout)["serving"]]
+    assert {(load["value"], load["arrivals"], load["burstiness"]) for load in loads} == {
+        (2, "gamma", 0.5), (6, "gamma", 0.5)
+    }  # fmt: skip
 
 
 def test_from_a_study_at_more_loads_and_draft_lengths(study: Path, tmp_path: Path) -> None:

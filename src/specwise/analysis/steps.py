@@ -242,7 +242,9 @@ def _alone(
     """First steps of requests that had the server to themselves, in up to four sizes."""
     tokens, seconds = [], []
     for table in tables:
+        known_until = _known_until(table)
         for part in dict.fromkeys(r.part for r in table.records):
+            until_s = known_until.get(part, math.inf)
             held = sorted((r for r in table.records if r.part == part), key=lambda r: r.sent_s)
             busy_until = -math.inf
             for record, following in zip_longest(held, held[1:]):
@@ -252,6 +254,7 @@ def _alone(
                     first is not None
                     and busy_until <= record.sent_s
                     and begun_s >= first
+                    and first <= until_s
                     and 0 < computed <= longest_prompt
                 ):
                     tokens.append(computed)
