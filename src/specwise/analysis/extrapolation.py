@@ -122,8 +122,8 @@ def extrapolate(
 
     ``loads`` are by default the study's own and two and four times production's; every simulated
     trial has requests enough for its load, or ``requests_at`` it. Arms that differ in k only share
-    acceptance and costs. Raises InputError where the study is too small to fit
-    costs to, or has no arm whose acceptance is known.
+    acceptance and costs. Raises InputError where the study is too small to fit costs to, or has no
+    arm whose acceptance is known.
     """
     design = study.design
     tables = _tables(study)
