@@ -9,21 +9,18 @@ it leaves out on both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from specwise.analysis.acceptance import (
-    counted_by_server,
-    merge,
-)
-from specwise.analysis.cells import Cells, TrialTable, token_arrivals
-from specwise.analysis.extrapolation import observed_steps
+from specwise.analysis.acceptance import counted_by_server
+from specwise.analysis.cells import Cells, TrialTable
+from specwise.analysis.extrapolation import counted_acceptance, pooled_conditional
+from specwise.analysis.steps import drafted_share, observed_steps
 from specwise.domain import (
     AcceptanceCounts,
-    AcceptanceSource,
     Arm,
     LoadPoint,
     Loop,
@@ -45,7 +42,6 @@ Known = Literal["itself", "its method", "nothing"]
 ArmCell = tuple[str, str, LoadPoint]
 
 _LOOKUPS = ("ngram", "suffix")
-_PRIOR_STEPS = 5
 _MOST_REQUESTS = 256.0  # of a batch: vLLM's default max_num_seqs
 
 
@@ -307,7 +303,7 @@ def _acceptance(
                 for r in t.records
                 if r.segment == segment.name and r.outcome is Outcome.OK
             ]
-            counts = _counted(own)
+            counts = counted_acceptance(own)
             if counts is None:
                 pure = [t for t in by_arm[arm] if t.trial.workload == segment.name]
                 counts = counted_by_server(pure) if pure else None
@@ -315,46 +311,10 @@ def _acceptance(
                 counted.append((speculation.k, counts))
                 looked_up += own if speculation.method in _LOOKUPS else []
         if counted:
-            share = _drafted_share(looked_up)
-            first, *rest = _conditional(counted)
+            share = drafted_share(looked_up)
+            first, *rest = pooled_conditional(counted)
             found[segment.name] = _Drafting(Prior((share * first, *rest), share, "measured"), share)
     return found
-
-
-def _counted(records: Iterable[RequestRecord]) -> AcceptanceCounts | None:
-    held = [r.acceptance for r in records if r.acceptance is not None and r.acceptance.steps]
-    for source in (AcceptanceSource.PER_REQUEST, AcceptanceSource.CHUNKS):
-        counts = merge([c for c in held if c.source is source], 0)
-        if counts is not None:
-            return counts
-    return None
-
-
-def _conditional(counted: Sequence[tuple[int, AcceptanceCounts]]) -> tuple[float, ...]:
-    """Acceptance of each position given the one before it, pooled over draft lengths.
-
-    Position i is asked of the arms that draft so far only: elsewhere an accepted run ends with the
-    draft. Few steps reach the far positions and would say 0 or 1 there, so each is drawn towards
-    the position before it with the weight of `_PRIOR_STEPS` steps.
-    """
-    values: list[float] = []
-    for position in range(1, max(k for k, _ in counted) + 1):
-        tails = [c.steps_by_accepted for k, c in counted if k >= position]
-        tried = sum(sum(steps[position - 1 :]) for steps in tails)
-        taken = sum(sum(steps[position:]) for steps in tails)
-        before = values[-1] if values else 0.5
-        values.append((taken + _PRIOR_STEPS * before) / (tried + _PRIOR_STEPS))
-    return tuple(values)
-
-
-def _drafted_share(records: Sequence[RequestRecord]) -> float:
-    """Share of decoding steps in which a lookup found something; 1 where nothing says."""
-    steps = chunks = 0
-    for record in records:
-        if record.acceptance and record.acceptance.source is AcceptanceSource.PER_REQUEST:
-            steps += record.acceptance.steps
-            chunks += max(len(token_arrivals(record)[0]) - 1, 0)
-    return min(steps / chunks, 1.0) if steps and chunks else 1.0
 
 
 def _borrowed(
