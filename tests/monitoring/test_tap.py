@@ -546,6 +546,30 @@ def test_hundreds_of_dropped_connections_leave_nothing_behind() -> None:
         assert answer.text.endswith("data: [DONE]\n\n")
 
 
+def test_dropped_connections_are_freed_without_a_garbage_collection() -> None:
+    """Cycles would wait for the collector, which tap lets run seldom: memory would grow."""
+    states = (b"", b"POST /v1/comp", request()[:-9], request(close=False))
+
+    def left() -> list[object]:
+        kinds = ("_Client", "_Upstream", "_Exchange", "Answer", "HttpResponseParser")
+        return [held for held in gc.get_objects() if type(held).__name__ in kinds]
+
+    with ScriptedServer(Script(gap_s=0.001, chunks=20)) as server, tapped(server.url) as tap:
+        gc.collect()
+        before = len(left())
+        gc.disable()
+        try:
+            for i in range(200):
+                with socket.create_connection(("127.0.0.1", tap.tap.port), timeout=10) as sock:
+                    sock.sendall(states[i % 4])
+                    time.sleep(0.0002 * (i % 7))
+            httpx.post(tap.url + PATHS[0], json={})  # accepted after all of them
+            wait_until(lambda: not tap.tap.clients)
+            wait_until(lambda: len(left()) <= before)
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize(
     ("upstream", "listen"),
     [

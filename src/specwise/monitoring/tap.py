@@ -378,11 +378,14 @@ class _Client(asyncio.Protocol):
                     server_hostname=origin.host if self.tap.tls else None,
                 )
         except (OSError, TimeoutError):
-            if not self._has_request:
-                return
-            self.end_all(Outcome.REFUSED, status=502)
-            self._refuse(_NO_UPSTREAM)
+            upstream.forget()
+            if self._has_request:
+                self.end_all(Outcome.REFUSED, status=502)
+                self._refuse(_NO_UPSTREAM)
             return
+        except asyncio.CancelledError:
+            upstream.forget()
+            raise
         finally:
             self._connecting = None
         if self.closing:
@@ -481,6 +484,14 @@ class _Upstream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=_BUFFER_BYTES)
+
+    def forget(self) -> None:
+        """Break the cycles of a connection that was given up in the making.
+
+        The event loop does not call `connection_lost` for it, not even after `connection_made`.
+        """
+        self.parser = None
+        self.__dict__.pop("transport", None)
 
     def begin(self, exchange: _Exchange) -> None:
         """Expect the answer to ``exchange``."""
@@ -623,7 +634,7 @@ def steady() -> Iterator[None]:
     threshold = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(10_000, 20, 100)
     sys.setswitchinterval(min(interval_s, 0.0005))
     try:
         yield
