@@ -83,7 +83,7 @@ def situations(draw: st.DrawFn) -> tuple[list[SimRequest], SchedulerConfig, int 
     return requests, limits, draw(st.sampled_from([None, 16, 3]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(situations())
 def test_equal_to_the_step_by_step_oracle(
     situation: tuple[list[SimRequest], SchedulerConfig, int | None],
@@ -104,7 +104,7 @@ def test_equal_to_the_step_by_step_oracle(
             assert found.served[index].steps_by_accepted(limits.k) == tuple(counts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(situations())
 def test_nothing_is_lost_and_no_limit_is_passed(
     situation: tuple[list[SimRequest], SchedulerConfig, int | None],
