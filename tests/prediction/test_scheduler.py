@@ -69,18 +69,21 @@ def situations(draw: st.DrawFn) -> tuple[list[SimRequest], SchedulerConfig, int 
         kv_tokens=draw(st.sampled_from([None, 128, 200])),
         async_scheduling=draw(st.booleans()),
     )
+    concurrency = draw(st.sampled_from([None, 16, 3]))
+    # In a closed loop a request comes when a client is free, whatever its own time says.
+    arrivals = st.just(0.0) | st.floats(0, 0.1) if concurrency is None else st.just(0.0)
     requests = [
         SimRequest(
             prompt_tokens=draw(st.integers(1, 60) | st.just(3)),
             output_tokens=draw(st.integers(1, 30) | st.integers(20, 30)),
-            arrival_s=draw(st.just(0.0) | st.floats(0, 0.1)),
+            arrival_s=draw(arrivals),
             acceptance=draw(acceptances),
             draft_probability=draw(st.sampled_from([1.0, 0.5])) if method == "ngram" else 1.0,
             cached_prompt_tokens=draw(st.sampled_from([0, 0, 20])),
         )
         for _ in range(draw(st.integers(1, 16)))
     ]
-    return requests, limits, draw(st.sampled_from([None, 16, 3]))
+    return requests, limits, concurrency
 
 
 @settings(deadline=None)
