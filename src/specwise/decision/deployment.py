@@ -234,19 +234,20 @@ def _slower(effect: Effect) -> bool:
 
 
 def next_confirmation(study: StudyData) -> Trial | None:
-    """The next trial of a confirmation: every cell `FEWEST_REPEATS` times, then repeats of the
-    production workload at loads that are not settled. None when nothing is left to learn."""
+    """The next trial of a confirmation; None when nothing is left to learn.
+
+    Every cell once and those of the production workload `FEWEST_REPEATS` times, then more repeats
+    of its loads that are not settled.
+    """
     design = study.design
     done = {t.trial.trial_id for t in study.trials if t.complete} | set(study.skipped)
     left = [trial for trial in design.trials if trial.trial_id not in done]
-    first = [trial for trial in left if trial.repeat < FEWEST_REPEATS]
-    if first:
+    ours = [trial for trial in left if trial.workload == design.production_workload]
+    first = [trial for trial in left if trial.repeat == 0 or trial in ours]
+    if first and first[0].repeat < FEWEST_REPEATS:
         return first[0]
     clear = settled(study)
-    for trial in left:
-        if trial.workload == design.production_workload and trial.load not in clear:
-            return trial
-    return None
+    return next((trial for trial in ours if trial.load not in clear), None)
 
 
 # ---------------------------------------------------------------------------------------------
