@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.analysis.synthetic import demo_design
 from tests.real_vllm.tiny_models import make_all
 
-from specwise.domain import Speculation
+from specwise.cli.flags_from import Choice, served
+from specwise.domain import Arm, Deployment, Speculation, StudyData
 from specwise.facts.bundled import bundled_draft, bundled_target
 from specwise.facts.checkpoint import from_folder
 from specwise.planning.memory import CachedModel, kv_capacity
@@ -97,6 +99,22 @@ def emitted(models: dict[str, str]) -> dict[str, list[str]]:
     add("own cache dtype", Speculation("draft_model", 3, draft, (), {"kv_cache_dtype": "bfloat16"}))
     add("eager draft", Speculation("draft_model", 3, draft, (), {"enforce_eager": True}))
     add("short draft", Speculation("draft_model", 3, draft, (), {"max_model_len": 1024}))
+    return found | from_a_study(models)
+
+
+def from_a_study(models: dict[str, str]) -> dict[str, list[str]]:
+    """What `flags --from` writes for a scheduled arm and for its baseline."""
+    words = ("--max-model-len", "1024", "--middleware", "a.b", "--no-enable-prefix-caching")
+    deployment = Deployment(models["target"], "/opt/vllm/bin/python", "chat", words)
+    rows = ((1, 4, 4), (5, 1024, 0))
+    scheduled = Speculation("draft_model", 4, models["draft"], rows)
+    arms = (Arm("baseline", None, deployment), Arm("scheduled", scheduled, deployment))
+    study = StudyData(demo_design(arms=arms), {}, (), "")
+    found = {}
+    for arm in arms:
+        command = served(study, Choice(arm, arm.speculation, ""), version=VERSION).checked
+        assert command is not None
+        found[f"study: {arm.name}"] = to_words(command.command)[2:]
     return found
 
 
