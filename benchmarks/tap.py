@@ -7,7 +7,9 @@ proxy, which measures nothing: the reason why tap is not built on one. Added is 
 the percentiles of one round; printed are medians over the rounds, with their range. Tap has a core
 to itself, server and load generator share the other: what they cost one another is in the direct
 figure as well. What other processes took of both cores meanwhile is printed, too: direct, tap's
-core is idle and takes such a process in; through tap, streams wait for it.
+core is idle and takes such a process in; through tap, streams wait for it. So do they where the
+machine itself stalls a core, which only the figures through tap show for tap's core: how late a bare
+timer of half a millisecond is on each core is printed first.
 
 Then batches of 10,000 connections are opened and dropped in various states, and tap's memory and
 descriptors compared. Allocator pools and the garbage collector's threshold fill up in the first
@@ -65,6 +67,17 @@ async def main():
     print(f"proxy at http://127.0.0.1:{port}", file=sys.stderr, flush=True)
     await asyncio.Event().wait()
 uvloop.run(main())
+"""
+
+TIMER = """
+import time
+late_ms = []
+for _ in range(2000):
+    from_s = time.perf_counter()
+    time.sleep(0.0005)
+    late_ms.append((time.perf_counter() - from_s) * 1e3 - 0.5)
+late_ms.sort()
+print(f"p50 {late_ms[1000]:.2f} p99 {late_ms[1980]:.2f} max {late_ms[-1]:.2f} ms")
 """
 
 CLIENT = """
@@ -159,6 +172,10 @@ def compare_latency(urls: dict[str, str], pids: dict[str, int], options: argpars
     cores: dict[str, list[float]] = {way: [] for way in urls}
     others: dict[str, list[float]] = {way: [] for way in urls}
     failed = 0
+    for name, core in (("tap's core", options.tap_core), ("the other", options.other_core)):
+        timer = on(core, [sys.executable, "-c", TIMER])
+        late = subprocess.run(timer, check=True, capture_output=True, text=True).stdout
+        print(f"a timer on {name} is late by {late.strip()}", flush=True)
 
     def used_s() -> float:
         return children_s() + sum(cpu_s(pid) for pid in pids.values())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import socket
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -57,6 +58,8 @@ SCRIPTS = {
     "interim": Script(interim=True, keep_alive=False),
     "dies mid-stream": Script(fault="cut", fault_at=3),
     "resets mid-stream": Script(fault="reset", fault_at=3, gap_s=0.02),
+    "dies later": Script(fault="cut", fault_at=12, chunks=40),
+    "resets later": Script(fault="reset", fault_at=12, chunks=40, gap_s=0.02),
     "closes in silence": Script(fault="silent-close"),
     "error event": Script(fault="error-event", keep_alive=False),
     "malformed": Script(fault="malformed", keep_alive=False),
@@ -78,7 +81,7 @@ def test_the_client_sees_what_the_upstream_shows(name: str) -> None:
             second.body,
         )
         (record,) = tap.wait_records(1)
-    cut = name in ("dies mid-stream", "resets mid-stream", "closes in silence")
+    cut = name.partition(" ")[0] in ("dies", "resets", "closes")
     broken = name in ("error event", "malformed")
     expected = Outcome.CUT if cut else Outcome.STREAM_ERROR if broken else Outcome.OK
     assert record.outcome is expected
@@ -521,6 +524,56 @@ def test_streams_are_not_buffered() -> None:
         sent = server.served[0].chunk_sent_s
     assert len(times) >= 4
     assert all(at - sent_s < 0.2 for at, sent_s in zip(times, sent, strict=False))
+
+
+def test_a_first_chunk_goes_before_the_chunks_of_running_streams() -> None:
+    """They come while tap is busy; which client has its chunk first tells the order of writing."""
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    chunk = b'13\r\ndata: {"more": 1}\n\n\r\n'
+    upstreams: list[socket.socket] = []
+    done, busy, free = threading.Event(), threading.Event(), threading.Event()
+
+    def upstream(sock: socket.socket) -> None:
+        read_head(sock)
+        upstreams.append(sock)
+        done.wait(10)
+
+    def block() -> None:
+        busy.set()
+        free.wait(5)
+
+    with raw_upstream(upstream) as url, tapped(url) as tap, ExitStack() as stack:
+        stack.callback(done.set)
+        poller = stack.enter_context(select.epoll())
+        clients = []
+        for i in range(9):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", tap.tap.port), 10))
+            sock.sendall(request())
+            wait_until(lambda i=i: len(upstreams) > i)
+            clients.append(sock)
+        for running, sock in zip(upstreams[:8], clients[:8], strict=True):
+            running.sendall(head + chunk * 6)
+            received = b""
+            while received.count(chunk) < 6:
+                piece = sock.recv(1 << 16)
+                assert piece
+                received += piece
+        for sock in clients:
+            poller.register(sock.fileno(), select.EPOLLIN)
+        tap.loop.call_soon_threadsafe(block)
+        assert busy.wait(5)
+        for running in upstreams[:8]:
+            running.sendall(chunk)
+        upstreams[8].sendall(head + chunk)
+        free.set()
+        for sock in clients:
+            sock.settimeout(10)
+            assert sock.recv(1 << 16, socket.MSG_PEEK).endswith(chunk)
+        order = [fd for fd, _ in poller.poll(5)]  # in the order in which they became ready
+        assert len(order) == 9
+        assert order[0] == clients[8].fileno()
 
 
 def test_hundreds_of_dropped_connections_leave_nothing_behind() -> None:

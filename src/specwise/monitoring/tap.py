@@ -10,6 +10,8 @@ understood, so that both sides agree on where a message ends.
 
 Written on asyncio protocols and not on an HTTP framework because a burst is the normal case: an
 engine step ends for 200 streams at once, and what each costs adds up in the TTFT of the last.
+Within a burst, requests and the first pieces of answers go before the chunks of running streams:
+these are passed on when all that has arrived has been looked at.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ _BUFFER_BYTES = 256 * 2**10
 _CONNECT_TIMEOUT_S = 20.0
 _IDLE_S = 60.0
 _LINGER_S = 600.0
+_FIRST_PIECES = 4  # of an answer: chat's role chunk and the first output are among them
+_SMALL_BYTES = 16 * 2**10
 _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"connection: close\r\n\r\nInvalid HTTP request received."
@@ -480,6 +484,9 @@ class _Upstream(asyncio.Protocol):
         self._chunked = False
         self._until_close = False
         self._renew = False
+        self._passed_pieces = 0  # of an answer that is measured
+        self._held: bytes | None = None
+        self._held_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -497,8 +504,25 @@ class _Upstream(asyncio.Protocol):
         """Expect the answer to ``exchange``."""
         self.exchange = exchange
         self._in_head = True
+        self._passed_pieces = 0
 
     def data_received(self, data: bytes) -> None:
+        tap = self.client.tap
+        if self._held is not None:
+            self._pass_held()
+        elif self._passed_pieces >= _FIRST_PIECES and len(data) < _SMALL_BYTES:
+            # The event loop calls back in order: before the next poll, and before connection_lost.
+            self._held, self._held_s = data, tap.clock()
+            tap.loop.call_soon(self._pass_held)
+            return
+        self._pass(data, tap.clock())
+
+    def _pass_held(self) -> None:
+        data, self._held = self._held, None
+        if data is not None:
+            self._pass(data, self._held_s)
+
+    def _pass(self, data: bytes, now_s: float) -> None:
         client = self.client
         if client.closing:
             return
@@ -509,7 +533,6 @@ class _Upstream(asyncio.Protocol):
         if client.tunnel:
             client.transport.write(data)
             return
-        now_s = client.tap.clock()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
@@ -534,6 +557,7 @@ class _Upstream(asyncio.Protocol):
             out.clear()
         answer = exchange.answer
         if answer is not None and self._body:
+            self._passed_pieces += len(self._body)
             for piece in self._body:
                 answer.passed(at_s, piece)
             self.client.tap.reading.passed(answer)
