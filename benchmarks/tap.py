@@ -8,8 +8,8 @@ the percentiles of one round; printed are medians over the rounds, with their ra
 to itself, server and load generator share the other: what they cost one another is in the direct
 figure as well. What other processes took of both cores meanwhile is printed, too: direct, tap's
 core is idle and takes such a process in; through tap, streams wait for it. So do they where the
-machine itself stalls a core, which only the figures through tap show for tap's core: how late a bare
-timer of half a millisecond is on each core is printed first.
+machine itself stalls a core, which only the figures through tap show for tap's core: how late a
+bare timer of half a millisecond is on each core is printed first.
 
 Then batches of 10,000 connections are opened and dropped in various states, and tap's memory and
 descriptors compared. Allocator pools and the garbage collector's threshold fill up in the first
