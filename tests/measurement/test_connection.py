@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import socket
-import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,22 +33,6 @@ class Wire:
 
     def abort(self) -> None:
         self.closed = True
-
-    def pause_reading(self) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
-class Reader:
-    """Stands for a receiver: a test hands over the bytes itself."""
-
-    def add(self, sock: socket.socket, *_callbacks: object) -> int:
-        return sock.fileno()
-
-    def remove(self, fd: int) -> None:
-        pass
 
 
 @contextmanager
@@ -124,39 +107,6 @@ def test_a_chunks_time_is_that_of_the_read_with_its_last_byte(
     response = reader.finish(exchange.finished_s)
     assert response.chunk_s == expected
     assert response.done
-
-
-@pytest.mark.parametrize("encoding", [b"", b"Content-Encoding: deflate\r\n"])
-def test_acknowledgements_wait_only_while_a_stream_runs(encoding: bytes) -> None:
-    def at_once() -> bool:
-        return bool(ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK))
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        theirs = socket.create_connection(listener.getsockname())
-        ours, _ = listener.accept()
-    packer = zlib.compressobj() if encoding else None
-    with theirs, ours:
-        made = Connection(lambda: 0.0, ours)
-        made.connection_made(Wire())  # type: ignore[arg-type]
-        made.read_by(Reader())  # type: ignore[arg-type]
-        for _ in range(2):
-            exchange = Exchange()
-            made.send(exchange, b"request", lambda: None)
-            assert theirs.recv(100) == b"request"
-            seen = [at_once()]
-            made.receive(HEAD[:-2] + encoding + b"\r\n", 0.0)
-            for i in range(8):
-                data = b"%d" % i
-                if packer:
-                    data = packer.compress(data) + packer.flush(zlib.Z_FULL_FLUSH)
-                made.receive(b"%x\r\n%b\r\n" % (len(data), data), float(i))
-                seen.append(at_once())
-            made.receive(END, 9.0)
-            assert seen == [True] * 5 + [False] * 4
-            assert exchange.complete
-            assert exchange.finished_s == 9.0
-            assert b"".join(exchange.pieces) == b"01234567"
-            packer = zlib.compressobj() if encoding else None
 
 
 @pytest.mark.parametrize(

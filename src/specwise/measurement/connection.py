@@ -31,7 +31,6 @@ from specwise.measurement.receiver import Clock, Receiver
 _MAX_IDLE_S = 3.0
 _MAX_BODY_BYTES = 256 * 2**20
 _CONNECT_TIMEOUT_S = 20.0
-_STEADY_PIECES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,6 @@ class Connection(asyncio.Protocol):
         self._times_s: list[float] = []
         self._pieces: list[bytes] = []
         self._room_bytes = 0
-        self._steady = False
         self._needs_attention = False
         self._decoder: Any = None
         self._decoded = 0
@@ -155,14 +153,11 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
         self._room_bytes = _MAX_BODY_BYTES
-        self._steady = self._receiver is None
-        self._needs_attention = not self._steady
+        self._needs_attention = False
         self._decoder = None
         self._decoded = 0
         self._fault = None
         self._acked_before = self._acknowledged_bytes() if self._served else -1
-        if self._receiver is not None and self._served:
-            self._acknowledge_at_once(True)
         exchange.sent_s = self._clock()
         if self._transport.is_closing():
             self.connection_lost(None)
@@ -249,10 +244,6 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
-        if not self._steady and len(exchange.pieces) > _STEADY_PIECES:
-            self._steady = True
-            self._needs_attention = self._decoder is not None
-            self._acknowledge_at_once(False)
         if self._decoder is not None:
             self._decode(exchange.pieces)
         if self._room_bytes < 0:
@@ -370,17 +361,6 @@ class Connection(asyncio.Protocol):
             exchange.fault = self._fault
             self.abort()
         on_end()
-
-    def _acknowledge_at_once(self, at_once: bool) -> None:
-        """Have the kernel acknowledge every segment that is read, or (tcp(7)) every second one.
-
-        At once until a stream runs steadily: a server that waits for acknowledgements before it
-        sends more (Nagle's algorithm) must not have its first token delayed by them. Later on,
-        acknowledging would take the kernel as long as receiving does. It goes back to
-        acknowledging at once by itself if the next segment takes longer than 40 ms.
-        """
-        with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, at_once)
 
     def _acknowledged_bytes(self) -> int:
         """Bytes that the peer's kernel has taken in on this connection; -1 if it cannot be told.
