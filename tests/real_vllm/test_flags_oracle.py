@@ -1,6 +1,6 @@
 """vLLM itself judges what specwise writes, what it calls broken, and the KV cache it predicts.
 
-One process of the engine's Python answers all questions (see ``engine_oracle``).
+Two processes of the engine's Python answer all questions (see ``engine_oracle``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -290,22 +291,14 @@ class Answers:
         # suffix decoding asks whether this package is there, and for no more in the config check
         (root / "stub" / "arctic_inference").mkdir(parents=True)
         (root / "stub" / "arctic_inference" / "__init__.py").touch()
-        done = subprocess.run(
-            [str(engine_python()), str(HERE / "engine_oracle.py")],
-            input=json.dumps({"commands": commands, "caches": caches(models)}),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": str(root / "stub")},
-        )
         self.said: dict[str, str | None] = {}
         self.tokens: dict[str, int | None] = {}
-        for line in done.stdout.splitlines():
-            if line.startswith("ANSWER "):
-                kind, name, value = json.loads(line.removeprefix("ANSWER "))
-                (self.said if kind == "command" else self.tokens)[name] = value
-        assert done.returncode == 0, done.stderr[-3000:]
+        # Two engines side by side: each keeps one core busy.
+        asked = ({"commands": commands, "caches": {}}, {"commands": {}, "caches": caches(models)})
+        with ThreadPoolExecutor() as pool:
+            for lines in pool.map(lambda questions: _ask(questions, root / "stub"), asked):
+                for kind, name, value in lines:
+                    (self.said if kind == "command" else self.tokens)[name] = value
         assert set(self.said) == set(commands)
 
     def facts(self, words: list[str]) -> tuple[ModelFacts, ModelFacts]:
@@ -313,6 +306,22 @@ class Answers:
         command = read_words(["vllm", "serve", *words])
         draft = (command.speculation or {}).get("model")
         return _facts(command.model), _facts(draft)
+
+
+def _ask(questions: dict[str, Any], packages: Path) -> list[Any]:
+    """The answers of one process of the engine's Python, which finds ``packages`` as well."""
+    done = subprocess.run(
+        [str(engine_python()), str(HERE / "engine_oracle.py")],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(packages)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    return [json.loads(line.removeprefix("ANSWER ")) for line in answers]
 
 
 def _facts(folder: object) -> ModelFacts:
