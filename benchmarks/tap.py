@@ -15,6 +15,9 @@ Then batches of 10,000 connections are opened and dropped in various states, and
 descriptors compared. Allocator pools and the garbage collector's threshold fill up in the first
 half of the batches: the second half must add less than 4 MiB.
 
+Run it as ``chrt -f 5 python benchmarks/tap.py``: at real-time priority for all of its processes
+alike, the machine's own daemons cannot take tap's core for a time slice of 3 ms.
+
     python benchmarks/tap.py [latency] [connections] [--rounds 5] [--streams 200] [--batches 6]
                              [--tap-core 0] [--other-core 1]
 
