@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.real_vllm.side_by_side import started
 
 from specwise.domain import Deployment, Speculation
 from specwise.facts.bundled import bundled_draft, bundled_target
@@ -48,25 +49,55 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def baseline_server(deployment: Deployment, logs: Path) -> Iterator[Server]:
-    with Server.start(deployment, log_path=logs / "baseline.log") as server:
-        server.wait_ready()
-        yield server
+def arms(deployment: Deployment, drafting: Speculation, logs: Path) -> Iterator[list[Server]]:
+    with started(logs, baseline=(deployment, None), draft_model=(deployment, drafting)) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
-def drafting_server(deployment: Deployment, drafting: Speculation, logs: Path) -> Iterator[Server]:
-    with Server.start(deployment, drafting, log_path=logs / "draft_model.log") as server:
-        server.wait_ready()
-        yield server
+def baseline_server(arms: list[Server]) -> Server:
+    return arms[0]
 
 
 @pytest.fixture(scope="session")
-def unrepaired_server(
-    deployment: Deployment, drafting: Speculation, logs: Path
-) -> Iterator[Server]:
+def drafting_server(arms: list[Server]) -> Server:
+    return arms[1]
+
+
+@pytest.fixture(scope="session")
+def synthetic_rates() -> list[float]:
+    return [0.6, 0.36, 0.216]
+
+
+@pytest.fixture(scope="session")
+def oddities(
+    deployment: Deployment, drafting: Speculation, synthetic_rates: list[float], logs: Path
+) -> Iterator[list[Server]]:
+    environment = {"SPECWISE_ENGINE_REPAIRS": "none"}
+    options = {
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_rates": synthetic_rates,
+    }
+    talkative = replace(
+        deployment,
+        arguments=(*deployment.arguments, "--enable-log-requests"),
+        environment={"VLLM_LOGGING_LEVEL": "DEBUG"},
+    )
+    with started(
+        logs,
+        unrepaired=(replace(deployment, environment=environment), drafting),
+        synthetic=(talkative, replace(drafting, options=options)),
+    ) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def unrepaired_server(oddities: list[Server]) -> Server:
     """The CPU build as its authors shipped it: it samples from the wrong distribution."""
-    unrepaired = replace(deployment, environment={"SPECWISE_ENGINE_REPAIRS": "none"})
-    with Server.start(unrepaired, drafting, log_path=logs / "unrepaired.log") as server:
-        server.wait_ready()
-        yield server
+    return oddities[0]
+
+
+@pytest.fixture(scope="session")
+def synthetic_server(oddities: list[Server]) -> Server:
+    """It accepts drafts at `synthetic_rates`, and its log holds every request."""
+    return oddities[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from tests.real_vllm.side_by_side import started
 from tokenizers import Tokenizer
 
 from specwise.analysis.before_after import compare_studies
@@ -79,19 +80,14 @@ def quantised_servers(
     spoilt_draft: Path,
     logs: Path,
 ) -> Iterator[dict[Scheme, Server]]:
-    """int8 with the draft, 4-bit with the spoilt one; started side by side."""
+    """int8 with the draft, 4-bit with the spoilt one."""
     drafts = {Scheme.INT8: drafting, Scheme.INT4: replace(drafting, draft=str(spoilt_draft))}
-    started: dict[Scheme, Server] = {}
-    try:
-        for scheme, draft in drafts.items():
-            own = replace(deployment, model=str(copies[scheme]))
-            started[scheme] = Server.start(own, draft, log_path=logs / f"{scheme}.log")
-        for server in started.values():
-            server.wait_ready()
-        yield started
-    finally:
-        for server in started.values():
-            server.stop()
+    wanted = {
+        str(scheme): (replace(deployment, model=str(copies[scheme])), draft)
+        for scheme, draft in drafts.items()
+    }
+    with started(logs, **wanted) as servers:
+        yield dict(zip(drafts, servers, strict=True))
 
 
 def test_compressed_tensors_reads_the_same_weights(

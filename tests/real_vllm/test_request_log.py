@@ -7,31 +7,24 @@ from pathlib import Path
 import httpx
 import pytest
 
-from specwise.domain import Api, Deployment
+from specwise.domain import Api
 from specwise.errors import PromptError
-from specwise.facts.bundled import bundled_target
 from specwise.measurement.prompt_files import read_prompts
 from specwise.vllm.server import Server
 
 TEXT = 'It\'s a "test":\n\ttab, backslash \\ and é'
 
 
-def test_prompts_of_a_debug_log(engine_python: Path, tmp_path: Path) -> None:
-    assert engine_python.exists()
+def test_prompts_of_a_debug_log(synthetic_server: Server, logs: Path, tmp_path: Path) -> None:
+    written = logs / "synthetic.log"
+    before = written.stat().st_size
+    with httpx.Client(base_url=synthetic_server.url, trust_env=False, timeout=60) as client:
+        body = {"model": synthetic_server.model, "max_tokens": 2, "temperature": 0.7}
+        client.post("/v1/completions", json={**body, "prompt": TEXT}).raise_for_status()
+        chat = {**body, "messages": [{"role": "user", "content": TEXT}], "top_p": 0.9}
+        client.post("/v1/chat/completions", json=chat).raise_for_status()
     log = tmp_path / "server.log"
-    deployment = Deployment(
-        model=str(bundled_target()),
-        served_name="demo",
-        arguments=("--max-model-len", "256", "--load-format", "dummy", "--enable-log-requests"),
-        environment={"VLLM_LOGGING_LEVEL": "DEBUG"},
-    )
-    with Server.start(deployment, log_path=log) as server:
-        server.wait_ready()
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
-            body = {"model": "demo", "max_tokens": 2, "temperature": 0.7}
-            client.post("/v1/completions", json={**body, "prompt": TEXT}).raise_for_status()
-            chat = {**body, "messages": [{"role": "user", "content": TEXT}], "top_p": 0.9}
-            client.post("/v1/chat/completions", json=chat).raise_for_status()
+    log.write_bytes(written.read_bytes()[before:])
 
     # The clients' own JSON bodies are in the log: exact, chat as chat.
     source = read_prompts(log)
