@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from tests.scripted_server import Script, ScriptedServer
 
-from specwise.cli.tap import tap
+from specwise.cli.tap import ask_for_realtime, tap
 from specwise.domain import Outcome
 from specwise.monitoring.tap_records import read_records
 
@@ -56,6 +57,25 @@ def test_it_serves_counts_records_and_stops(tmp_path: Path) -> None:
     stored = b"".join(path.read_bytes() for path in records.iterdir())
     assert b"secret" not in stored
     assert b"hidden" not in stored
+
+
+def test_realtime_is_asked_for_or_its_refusal_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        os, "sched_setscheduler", lambda pid, how, to: asked.append((pid, how, to.sched_priority))
+    )
+    ask_for_realtime()
+    assert asked == [(0, os.SCHED_RR, 1)]
+    assert capsys.readouterr().err == ""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    ask_for_realtime()
+    assert "CAP_SYS_NICE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 @click.option(
     "--metrics-listen", default="127.0.0.1:9464", show_default=True, help="[HOST:]PORT or none."
 )
+@click.option(
+    "--realtime",
+    is_flag=True,
+    help="Ask for real-time priority, so that nothing else on the machine delays streams.",
+)
 def tap(
     *,
     upstream: str,
@@ -38,6 +43,7 @@ def tap(
     rules: Path | None,
     records: Path | None,
     metrics_listen: str,
+    realtime: bool,
 ) -> None:
     """Pass OpenAI requests on to a vLLM server unchanged, and measure each on its way.
 
@@ -80,11 +86,31 @@ def tap(
             if writer is not None:
                 writer.write(record)
 
+        if realtime:
+            ask_for_realtime()
         stack.enter_context(steady())
         runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
         runner.run(_serve(Tap(settings, segments, on_record), upstream))
         if writer is not None and writer.lost:
             click.echo(f"{writer.lost} records could not be written to {records}.", err=True)
+
+
+def ask_for_realtime() -> None:
+    """The lowest real-time priority, above all ordinary processes; a warning where it is refused.
+
+    Tap sleeps most of the time, so it starves nobody; and the kernel keeps a share of each core
+    for ordinary processes whatever happens (sched_rt_runtime_us).
+    """
+    import os  # noqa: PLC0415
+
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except (PermissionError, AttributeError):
+        click.echo(
+            "--realtime was refused: it needs CAP_SYS_NICE on Linux (root, or systemd's "
+            "AmbientCapabilities=CAP_SYS_NICE). Going on at ordinary priority.",
+            err=True,
+        )
 
 
 async def _serve(proxy: Tap, upstream: str) -> None:

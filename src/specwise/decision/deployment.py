@@ -219,17 +219,17 @@ def settled(study: StudyData) -> frozenset[LoadPoint]:
         for e in effects
         if (e.arm, e.workload) == (design.arms[-1].name, design.production_workload)
         and e.repeats >= FEWEST_REPEATS
-        and (_keeps(e) or _slower(e))
+        and (keeps(e) or slower(e))
     )
 
 
-def _keeps(effect: Effect) -> bool:
-    """Shown to keep what off gives, or close to it with no room for a loss of 5 %."""
+def keeps(effect: Effect) -> bool:
+    """Whether what off gives is shown to be kept, or nearly, with no room for a loss of 5 %."""
     return effect.low >= KEPT or (effect.ratio >= _CLEARLY and effect.low >= _ROOM)
 
 
-def _slower(effect: Effect) -> bool:
-    """Shown to be slower than off, and by more than a schedule may cost as far as one can see."""
+def slower(effect: Effect) -> bool:
+    """Whether it is shown to be slower than off, by more than a schedule may cost."""
     return effect.high < KEPT or (effect.high < 1 and effect.ratio < KEPT)
 
 
@@ -329,13 +329,13 @@ def _by_cell(effects: Sequence[Effect], arm: str) -> dict[tuple[str, LoadPoint],
 def _outcome(
     ours: Sequence[ConfirmedLoad], loads: int
 ) -> tuple[Literal["confirmed", "refused", "undecided"], tuple[str, ...]]:
-    slower = [c for c in ours if _slower(c.to_baseline)]
-    if slower:
+    lost = [c for c in ours if slower(c.to_baseline)]
+    if lost:
         return "refused", tuple(
-            f"at {c.load.label} it is slower than off: {_span(c.to_baseline)}" for c in slower
+            f"at {c.load.label} it is slower than off: {_span(c.to_baseline)}" for c in lost
         )
     faster = [c for c in ours if c.to_baseline.low > 1]
-    doubtful = [c for c in ours if not _keeps(c.to_baseline)]
+    doubtful = [c for c in ours if not keeps(c.to_baseline)]
     behind = [c for c in ours if c.ratio < KEPT and c.high < 1]
     reasons = []
     if len(ours) < loads:

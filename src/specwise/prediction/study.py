@@ -102,7 +102,7 @@ def simulate_study(
     trials = []
     for trial in design.trials:
         luck = zlib.crc32(trial.arm.encode()) if own_luck else 0
-        measured = _simulate_trial(design, trial, arms[trial.arm], traffic, arrivals, luck)
+        measured = _simulate_trial(design, trial, arms[trial.arm], traffic, arrivals, luck=luck)
         on_trial(measured)
         trials.append(measured)
     return StudyData(
@@ -137,6 +137,7 @@ def _simulate_trial(
     arm: SimArm,
     traffic: Mapping[str, Traffic],
     arrivals: Callable[[Trial, np.random.Generator], Sequence[float]],
+    *,
     luck: int,
 ) -> MeasuredTrial:
     workload = design.workload(trial.workload)

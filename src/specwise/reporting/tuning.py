@@ -27,6 +27,8 @@ from specwise.decision.deployment import (
     ConfirmedLoad,
     FamilyStanding,
     Tuned,
+    keeps,
+    slower,
 )
 from specwise.decision.findings import counted
 from specwise.decision.tuning import ArmStanding, CellStanding, Spent
@@ -78,9 +80,9 @@ _FEW: Final = 12  # trials that stand unfolded
 def holds(cell: ConfirmedLoad) -> str:
     """Whether the arm is shown to keep `KEPT` of what off gives there: as better, worse or
     undecided, the words that judgements have."""
-    if cell.to_baseline.low >= KEPT:
+    if keeps(cell.to_baseline):
         return "better"
-    return "worse" if cell.to_baseline.high < KEPT else "undecided"
+    return "worse" if slower(cell.to_baseline) else "undecided"
 
 
 @dataclass(frozen=True, slots=True)
