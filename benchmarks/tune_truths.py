@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from specwise.analysis.cells import cells
+from specwise.analysis.cells import Cells, cells
 from specwise.decision.deployment import (
     Confirmation,
+    FamilyStanding,
     Recommendation,
     confirm,
     confirmation_design,
@@ -30,7 +31,7 @@ from specwise.decision.deployment import (
     recommend,
     to_confirm,
 )
-from specwise.decision.tuning import Spent, next_pick, sweep_seconds
+from specwise.decision.tuning import Next, Spent, next_pick, sweep_seconds
 from specwise.decision.verdict import Decision
 from specwise.domain import (
     Arm,
@@ -272,6 +273,89 @@ class Outcome:
     noise: float
 
 
+class Search:
+    """A tuning's search on a played engine, one trial after another, and its confirmations.
+
+    What `specwise tune` does with servers, with records in their place; a server start takes
+    ``start_s``.
+    """
+
+    def __init__(
+        self,
+        played: Played,
+        design: StudyDesign,
+        *,
+        tolerance: float = 0.02,
+        budget_s: float | None = None,
+        start_s: float = START_S,
+    ) -> None:
+        self.played, self.design = played, design
+        self.tolerance, self.budget_s = tolerance, budget_s
+        self.trials: list[MeasuredTrial] = []
+        self.picks: list[PickRecord] = []
+        self.running: set[str] = set()
+        self._start_s = start_s
+
+    @property
+    def study(self) -> StudyData:
+        """The study so far."""
+        return StudyData(self.design, {}, tuple(self.trials), "")
+
+    @property
+    def measured(self) -> Cells:
+        """Its trials by cell."""
+        return cells(self.study)
+
+    def next(self) -> Next:
+        """What would be tried now."""
+        return next_pick(
+            self.design,
+            self.measured,
+            spent=Spent.of(self.picks),
+            running=self.running,
+            tolerance=self.tolerance,
+            budget_s=self.budget_s,
+        )
+
+    def step(self) -> Next:
+        """Run what is to be tried now, if anything."""
+        chosen = self.next()
+        if chosen.trial is not None:
+            done = self.played.run(self.design, chosen.trial)
+            starts = chosen.trial.arm not in self.running
+            self.running.add(chosen.trial.arm)
+            self.trials.append(done)
+            self.picks.append(
+                PickRecord(
+                    trial_id=chosen.trial.trial_id,
+                    reason=chosen.reason,
+                    regret_bound=chosen.standing.regret_bound,
+                    started_server=starts,
+                    start_s=self._start_s if starts else 0.0,
+                    seconds=seconds_of(done),
+                )
+            )
+        return chosen
+
+    def run(self) -> Next:
+        """Every step to the end; what ended it."""
+        while (chosen := self.step()).trial is not None:
+            pass
+        return chosen
+
+    def confirm(self, way: FamilyStanding, *, repeats: int, all_workloads: bool) -> StudyData:
+        """The confirmation of ``way``, on every workload or on the production workload only."""
+        design = confirmation_design(self.design, way, repeats=repeats)
+        wanted = tuple(
+            t for t in design.trials if all_workloads or t.workload == design.production_workload
+        )
+        design = replace(design, trials=wanted)
+        ran: list[MeasuredTrial] = []
+        while (trial := next_confirmation(StudyData(design, {}, tuple(ran), ""))) is not None:
+            ran.append(self.played.run(design, trial))
+        return StudyData(design, {}, tuple(ran), "")
+
+
 def tune_truth(
     seed: int,
     *,
@@ -287,49 +371,14 @@ def tune_truth(
     design = replace(
         parse_study(STUDY, name="truth", experiment="tune"), seed=int(rng.integers(1 << 30))
     )
-    trials: list[MeasuredTrial] = []
-    picks: list[PickRecord] = []
-    running: set[str] = set()
-    measured = cells(_study(design, trials))
-    while True:
-        chosen = next_pick(
-            design,
-            measured,
-            spent=Spent.of(picks),
-            running=running,
-            tolerance=tolerance,
-            budget_s=budget_s,
-        )
-        if chosen.trial is None:
-            break
-        done = played.run(design, chosen.trial)
-        trials.append(done)
-        measured = cells(_study(design, trials))
-        starts = chosen.trial.arm not in running
-        running.add(chosen.trial.arm)
-        picks.append(
-            PickRecord(
-                trial_id=chosen.trial.trial_id,
-                reason=chosen.reason,
-                regret_bound=chosen.standing.regret_bound,
-                started_server=starts,
-                start_s=START_S if starts else 0.0,
-                seconds=seconds_of(done),
-            )
-        )
+    search = Search(played, design, tolerance=tolerance, budget_s=budget_s)
+    chosen = search.run()
     standing = chosen.standing
-    ways = family_standings(design, standing, measured)
+    ways = family_standings(design, standing, search.measured)
     confirmations: tuple[Confirmation, ...] = ()
     for way in to_confirm(ways, tolerance):
-        confirming = confirmation_design(design, way, repeats=6)
-        confirming = replace(
-            confirming,
-            trials=tuple(t for t in confirming.trials if t.workload == design.production_workload),
-        )
-        ran: list[MeasuredTrial] = []
-        while (following := next_confirmation(_study(confirming, ran))) is not None:
-            ran.append(played.run(confirming, following))
-        confirmations += confirm(_study(confirming, ran), way.family)
+        study = search.confirm(way, repeats=6, all_workloads=False)
+        confirmations += confirm(study, way.family)
         if any(c.outcome == "confirmed" for c in confirmations):
             break
     answer = recommend(
@@ -348,24 +397,20 @@ def tune_truth(
             max(g for (_, w, at), g in gains.items() if (w, at) == (cell.workload, cell.load))
         ]
     ]
-    spent = Spent.of(picks)
+    spent = Spent.of(search.picks)
     return Outcome(
         seed=seed,
         regret=float(np.mean(lost)),
         worst_regret=max(lost),
         bound=standing.regret_bound,
-        share_of_sweep=spent.total_s / sweep_seconds(design, measured, spent),
+        share_of_sweep=spent.total_s / sweep_seconds(design, search.measured, spent),
         stopped=chosen.stopped,
         decision=answer.decision,
         worst_gain=worst_true_gain(design, played, answer, truth_requests),
-        trials=len(trials),
-        started=len(running),
+        trials=len(search.trials),
+        started=len(search.running),
         noise=truth.noise,
     )
-
-
-def _study(design: StudyDesign, trials: list[MeasuredTrial]) -> StudyData:
-    return StudyData(design, {}, tuple(trials), "")
 
 
 def true_gains(

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from benchmarks.tune_truths import Played, TrueCosts, Truth, seconds_of
+from benchmarks.tune_truths import Played, Search, TrueCosts, Truth, seconds_of
 
-from specwise.analysis.cells import Cells, cells
 from specwise.decision.deployment import (
     SCHEDULED,
     Confirmation,
@@ -16,7 +14,6 @@ from specwise.decision.deployment import (
     confirm,
     confirmation_design,
     family_standings,
-    next_confirmation,
     recommend,
     settled,
     to_confirm,
@@ -24,7 +21,6 @@ from specwise.decision.deployment import (
 from specwise.decision.findings import percent
 from specwise.decision.tuning import (
     USUAL_START_S,
-    Next,
     Spent,
     log_goodput,
     next_pick,
@@ -35,8 +31,6 @@ from specwise.decision.tuning import (
 )
 from specwise.decision.verdict import Decision
 from specwise.domain import (
-    MeasuredTrial,
-    PickRecord,
     Purpose,
     StudyData,
     StudyDesign,
@@ -97,81 +91,46 @@ HOPELESS = replace(
 )
 
 
-@dataclass
-class Tuning:
-    """A tuning on a simulated engine, and its journal."""
+def design_of(serve: str = "") -> StudyDesign:
+    return parse_study(STUDY.format(serve=serve), name="t", experiment="tune")
 
-    truth: Truth
-    design: StudyDesign = field(
-        default_factory=lambda: parse_study(STUDY.format(serve=""), name="t", experiment="tune")
-    )
-    budget_s: float | None = None
-    tolerance: float = 0.02
-    trials: list[MeasuredTrial] = field(default_factory=list)
-    picks: list[PickRecord] = field(default_factory=list)
-    running: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.engine = Played(self.truth, np.random.default_rng(5))
+class Tuning(Search):
+    """A search on a simulated engine; ``last`` is what ended it."""
 
-    @property
-    def measured(self) -> Cells:
-        return cells(self.study)
-
-    @property
-    def study(self) -> StudyData:
-        return StudyData(self.design, {}, tuple(self.trials), "")
-
-    def next(self) -> Next:
-        return next_pick(
-            self.design,
-            self.measured,
-            spent=Spent.of(self.picks),
-            running=self.running,
-            tolerance=self.tolerance,
-            budget_s=self.budget_s,
+    def __init__(
+        self,
+        truth: Truth,
+        *,
+        design: StudyDesign | None = None,
+        tolerance: float = 0.02,
+        budget_s: float | None = None,
+    ) -> None:
+        engine = Played(truth, np.random.default_rng(5))
+        super().__init__(
+            engine, design or design_of(), tolerance=tolerance, budget_s=budget_s, start_s=20.0
         )
 
-    def steps(self) -> Iterator[Next]:
-        while (found := self.next()).trial is not None:
-            yield found
-            trial = found.trial
-            done = self.engine.run(self.design, trial)
-            starts = trial.arm not in self.running
-            self.running.add(trial.arm)
-            self.trials.append(done)
-            self.picks.append(
-                PickRecord(
-                    trial.trial_id,
-                    found.reason,
-                    found.standing.regret_bound,
-                    starts,
-                    20.0 if starts else 0.0,
-                    seconds_of(done),
-                )
-            )
-        self.last = found
-
-    def run(self) -> Tuning:
-        for _ in self.steps():
-            pass
+    def to_its_end(self) -> Tuning:
+        self.last = self.run()
         return self
 
 
 @pytest.fixture(scope="module")
 def tuned() -> Tuning:
-    return Tuning(TURNING).run()
+    return Tuning(TURNING).to_its_end()
 
 
 @pytest.fixture(scope="module")
 def hopeless() -> Tuning:
-    return Tuning(HOPELESS).run()
+    return Tuning(HOPELESS).to_its_end()
 
 
 def test_the_opening_shows_the_baseline_its_noise_and_each_method() -> None:
     tuning = Tuning(TURNING)
     opening = []
-    for step, _ in zip(tuning.steps(), range(8), strict=False):
+    for _ in range(8):
+        step = tuning.step()
         assert step.trial is not None
         opening.append((step.trial.arm, step.trial.load.value, step.trial.purpose))
     measure, again = Purpose.MEASURE, Purpose.NOISE_FLOOR
@@ -202,7 +161,7 @@ def test_what_it_chose_is_what_the_truth_likes_best(tuned: Tuning) -> None:
     for cell in tuned.last.standing.cells:
         workload = tuned.design.workload(cell.workload)
         true = {
-            arm.name: tuned.engine.long_run(arm, workload, cell.load, 120)
+            arm.name: tuned.played.long_run(arm, workload, cell.load, 120)
             for arm in tuned.design.arms
         }
         assert true[cell.best] > max(true.values()) - 0.05
@@ -212,9 +171,9 @@ def test_most_intervals_hold_the_truth(tuned: Tuning) -> None:
     held = []
     for cell in tuned.last.standing.cells:
         workload = tuned.design.workload(cell.workload)
-        off = tuned.engine.long_run(tuned.design.arms[0], workload, cell.load, 120)
+        off = tuned.played.long_run(tuned.design.arms[0], workload, cell.load, 120)
         for arm in cell.arms:
-            true = tuned.engine.long_run(tuned.design.arm(arm.arm), workload, cell.load, 120)
+            true = tuned.played.long_run(tuned.design.arm(arm.arm), workload, cell.load, 120)
             held.append(math.log(arm.low) - 0.02 <= true - off <= math.log(arm.high) + 0.02)
     assert np.mean(held) > 0.85
 
@@ -244,7 +203,7 @@ def test_the_same_trials_give_the_same_answer(tuned: Tuning) -> None:
 
 
 def test_a_spent_budget_ends_it_and_says_what_could_be_lost() -> None:
-    tuning = Tuning(TURNING, budget_s=60.0, tolerance=1e-4).run()
+    tuning = Tuning(TURNING, budget_s=60.0, tolerance=1e-4).to_its_end()
     assert tuning.last.stopped == "budget"
     assert "1 min is spent" in tuning.last.reason
     assert percent(tuning.last.standing.regret_bound) in tuning.last.reason
@@ -253,9 +212,8 @@ def test_a_spent_budget_ends_it_and_says_what_could_be_lost() -> None:
 def test_a_server_that_is_up_is_preferred_to_one_that_takes_long_to_start() -> None:
     """With a start of an hour nothing but what the opening started is worth a trial."""
     tuning = Tuning(TURNING)
-    steps = tuning.steps()
-    for _ in range(9):
-        next(steps)
+    for _ in range(8):
+        tuning.step()
     found = next_pick(
         tuning.design,
         tuning.measured,
@@ -309,11 +267,7 @@ def test_goodput_counts_only_what_meets_the_limits(tuned: Tuning) -> None:
 def confirmed(tuning: Tuning) -> tuple[StudyData, tuple[Confirmation, ...]]:
     ways = family_standings(tuning.design, tuning.last.standing, tuning.measured)
     way = to_confirm(ways, 0.02)[0]
-    design = confirmation_design(tuning.design, way, repeats=6)
-    ran: list[MeasuredTrial] = []
-    while (trial := next_confirmation(StudyData(design, {}, tuple(ran), ""))) is not None:
-        ran.append(tuning.engine.run(design, trial))
-    study = StudyData(design, {}, tuple(ran), "")
+    study = tuning.confirm(way, repeats=6, all_workloads=True)
     return study, confirm(study, way.family)
 
 
@@ -402,7 +356,7 @@ def test_where_nothing_pays_the_answer_is_off(hopeless: Tuning) -> None:
 
 
 def test_noise_that_cannot_be_decided_ends_in_measure_more() -> None:
-    tuning = Tuning(replace(TURNING, noise=0.4), budget_s=200.0).run()
+    tuning = Tuning(replace(TURNING, noise=0.4), budget_s=200.0).to_its_end()
     assert tuning.last.stopped == "budget"
     ways = family_standings(tuning.design, tuning.last.standing, tuning.measured)
     answer = recommend(
@@ -414,10 +368,9 @@ def test_noise_that_cannot_be_decided_ends_in_measure_more() -> None:
 
 
 def test_without_schedules_it_says_why() -> None:
-    serve = 'arguments = ["--data-parallel-size", "2"]'
-    design = parse_study(STUDY.format(serve=serve), name="t", experiment="tune")
+    design = design_of('arguments = ["--data-parallel-size", "2"]')
     assert not any("idle" in arm.name for arm in design.arms)
-    tuning = Tuning(TURNING, design=design).run()
+    tuning = Tuning(TURNING, design=design).to_its_end()
     ways = family_standings(tuning.design, tuning.last.standing, tuning.measured)
     assert all(way.schedule is None for way in ways)
     assert all("data parallelism" in way.note for way in ways)
@@ -438,7 +391,7 @@ def test_two_pools_are_the_next_best_thing_where_segments_differ() -> None:
             "ngram": {"json": (0.02,) * 8, "prose": (0.02,) * 8},
         },
     )
-    tuning = Tuning(split).run()
+    tuning = Tuning(split).to_its_end()
     ways = family_standings(tuning.design, tuning.last.standing, tuning.measured)
     answer = recommend(
         tuning.design, tuning.last.standing, ways, (), stopped="tolerance", tolerance=0.02

@@ -10,22 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.tune_truths import Played, TrueCosts, Truth, seconds_of
+from benchmarks.tune_truths import Played, Search, TrueCosts, Truth
 from rich.console import Console
 from tests.reporting.browser import Browser, chromium
 
-from specwise.analysis.cells import cells
 from specwise.decision.deployment import (
     Recommendation,
     Tuned,
     assess_tuning,
-    confirmation_design,
-    next_confirmation,
     to_confirm,
 )
-from specwise.decision.tuning import Spent, next_pick, not_run
+from specwise.decision.tuning import not_run
 from specwise.decision.verdict import Decision
-from specwise.domain import MeasuredTrial, PickRecord, StudyData
 from specwise.errors import StoreError
 from specwise.measurement.design import parse_study
 from specwise.reporting.tuning import holds, print_tuning, tuning_to_dict, write_tuning
@@ -99,45 +95,18 @@ def truth() -> Truth:
 @pytest.fixture(scope="module")
 def tuned() -> Tuned:
     """A whole tuning, as the command makes it: search, confirmation, answer."""
-    played = Played(truth(), np.random.default_rng(7))
-    design = parse_study(STUDY, name="tuned", experiment="tune")
-    trials: list[MeasuredTrial] = []
-    picks: list[PickRecord] = []
-    running: set[str] = set()
-    while True:
-        chosen = next_pick(
-            design,
-            cells(StudyData(design, {}, tuple(trials), "")),
-            spent=Spent.of(picks),
-            running=running,
-            tolerance=0.02,
-            budget_s=None,
-        )
-        if chosen.trial is None:
-            break
-        trials.append(played.run(design, chosen.trial))
-        starts = chosen.trial.arm not in running
-        running.add(chosen.trial.arm)
-        picks.append(
-            PickRecord(
-                trial_id=chosen.trial.trial_id,
-                reason=chosen.reason,
-                regret_bound=chosen.standing.regret_bound,
-                started_server=starts,
-                start_s=60.0 if starts else 0.0,
-                seconds=seconds_of(trials[-1]),
-            )
-        )
-    done = {t.trial.trial_id for t in trials}
-    skipped = not_run(design, chosen.standing, chosen.reason, done)
-    search = StudyData(design, {}, tuple(trials), "", skipped=skipped)
-    found = assess_tuning(search, picks, [], tolerance=0.02, budget_s=None)
-    confirming = confirmation_design(design, to_confirm(found.ways, 0.02)[0], repeats=2)
-    ran: list[MeasuredTrial] = []
-    while (trial := next_confirmation(StudyData(confirming, {}, tuple(ran), ""))) is not None:
-        ran.append(played.run(confirming, trial))
-    study = StudyData(confirming, {}, tuple(ran), "")
-    return assess_tuning(search, picks, [study], tolerance=0.02, budget_s=None)
+    search = Search(
+        Played(truth(), np.random.default_rng(7)),
+        parse_study(STUDY, name="tuned", experiment="tune"),
+    )
+    chosen = search.run()
+    done = {t.trial.trial_id for t in search.trials}
+    skipped = not_run(search.design, chosen.standing, chosen.reason, done)
+    study = replace(search.study, skipped=skipped)
+    found = assess_tuning(study, search.picks, [], tolerance=0.02, budget_s=None)
+    way = to_confirm(found.ways, 0.02)[0]
+    confirming = search.confirm(way, repeats=2, all_workloads=True)
+    return assess_tuning(study, search.picks, [confirming], tolerance=0.02, budget_s=None)
 
 
 @pytest.fixture(scope="module")
