@@ -8,28 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tests.stand_in_engine import install
 
 from specwise.cli.main import specwise
 from specwise.errors import SpecwiseError
 from specwise.measurement.store import StudyFolder
 
-# A verify step over n tokens takes 6 ms up to four of them and 1.5 ms more for each beyond.
-ENTRY_POINT = """
-import argparse, json, signal, sys, time
-sys.path.insert(0, {root!r})
-from tests.fake_vllm import FakeVllm
-options = argparse.ArgumentParser()
-for name in ("--port", "--model", "--served-model-name", "--speculative-config"):
-    options.add_argument(name)
-asked, _ = options.parse_known_args()
-k = json.loads(asked.speculative_config or "{{}}").get("num_speculative_tokens", 0)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-with FakeVllm(
-    port=int(asked.port), model=asked.served_model_name, conditional=(0.9,) * k,
-    step_s=lambda running: 0.006 + 0.0015 * max(running * (1 + k) - 4, 0),
-):
-    time.sleep(600)
-"""
 STUDY = """
 name = "tuned"
 [slo]
@@ -61,19 +45,14 @@ tolerance = 0.1
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study file whose servers are stand-ins; the current folder is its folder."""
-    package = tmp_path / "engine" / "vllm" / "entrypoints" / "openai"
-    package.mkdir(parents=True)
-    root = str(Path(__file__).parents[2])
-    (package / "api_server.py").write_text(ENTRY_POINT.format(root=root))
-    info = tmp_path / "engine" / "vllm-0.32.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "engine"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "prompts.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": f"say {i} words"}) for i in range(60))
+    install(
+        tmp_path,
+        monkeypatch,
+        conditional="(0.9,) * k",
+        # 6 ms over up to four tokens, and 1.5 ms more for each beyond.
+        step_s="0.006 + 0.0015 * max(running * (1 + k) - 4, 0)",
     )
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "tune.toml"
     file.write_text(STUDY.format(model=tmp_path / "model", python=sys.executable))
     return file

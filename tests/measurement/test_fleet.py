@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+from tests.stand_in_engine import install
 
 from specwise.domain import Arm, Outcome, Purpose, Speculation, StudyData
 from specwise.errors import InputError
@@ -19,25 +19,6 @@ from specwise.measurement.fleet import Fleet, api_headers, resolve_model
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder, read_study
 from specwise.measurement.study import Choice, Listener, conduct
-
-ENTRY_POINT = """
-import argparse, json, signal, sys, time
-sys.path.insert(0, {root!r})
-from tests.fake_vllm import FakeVllm
-options = argparse.ArgumentParser()
-for name in ("--port", "--model", "--served-model-name", "--speculative-config"):
-    options.add_argument(name)
-asked, _ = options.parse_known_args()
-if asked.speculative_config and json.loads(asked.speculative_config)["num_speculative_tokens"] == 5:
-    sys.exit("ValueError: 5 drafts are more than this model takes")
-signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-drafts = (0.5, 0.5) if asked.speculative_config else ()
-with FakeVllm(
-    port=int(asked.port), model=asked.served_model_name, conditional=drafts,
-    step_s=lambda _: 0.01,
-):
-    time.sleep(600)
-"""
 
 STUDY = """
 name = "started"
@@ -66,16 +47,13 @@ warmup = 1
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes this Python one with a package called vllm; returns the folder for a study."""
-    package = tmp_path / "engine" / "vllm" / "entrypoints" / "openai"
-    package.mkdir(parents=True)
-    (package / "api_server.py").write_text(ENTRY_POINT.format(root=str(Path(__file__).parents[2])))
-    info = tmp_path / "engine" / "vllm-0.32.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "engine"))
-    (tmp_path / "model").mkdir()
-    prompts = [json.dumps({"prompt": f"say {i} words"}) for i in range(60)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
+    install(
+        tmp_path,
+        monkeypatch,
+        before='if k == 5: sys.exit("ValueError: 5 drafts are more than this model takes")',
+        conditional="(0.5, 0.5) if k else ()",
+        step_s="0.01",
+    )
     return tmp_path
 
 

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specwise.domain import Api, LoadPoint, Loop, Segment, Workload
-from specwise.errors import PromptError
+from specwise.errors import InputError, PromptError
 from specwise.measurement.design import bundled_study, parse_study
 from specwise.measurement.prompts import (
     Prompt,
     PromptPlan,
     PromptSource,
     apportion,
-    check_prompts,
+    check_inputs,
     digest,
     load_prompts,
     load_source,
@@ -177,14 +177,21 @@ def test_remarks_on_the_wrong_endpoint() -> None:
 
 def test_a_design_is_checked_before_anything_is_made(tmp_path: Path) -> None:
     design = parse_study(bundled_study("demo"), name="demo")
-    check_prompts(design, tmp_path)
+    check_inputs(design, tmp_path)
     missing = replace(design, segments=(replace(design.segments[0], prompts="none.jsonl"),))
     with pytest.raises(PromptError, match="does not exist"):
-        check_prompts(missing, tmp_path)
+        check_inputs(missing, tmp_path)
     (tmp_path / "few.jsonl").write_text('{"prompt": "x"}\n')
     few = replace(design, segments=(replace(design.segments[0], prompts="few.jsonl"),))
     with pytest.raises(PromptError, match="are kept for warm-up"):
-        check_prompts(few, tmp_path)
+        check_inputs(few, tmp_path)
+    load = replace(design.loads[0], loop=Loop.OPEN, arrivals="trace", trace="times.txt")
+    traced = replace(design, loads=(load,))
+    with pytest.raises(PromptError, match=r"Trace file .*times.txt cannot be read"):
+        check_inputs(traced, tmp_path)
+    (tmp_path / "times.txt").write_text("0\nnever\n")
+    with pytest.raises(InputError, match="line 2"):
+        check_inputs(traced, tmp_path)
 
 
 def test_digest_sees_a_changed_prompt() -> None:

@@ -24,7 +24,7 @@ from specwise.domain import (
 from specwise.errors import InputError, StoppedError
 from specwise.measurement.design import bundled_study, read_study_file
 from specwise.measurement.experiments import EXPERIMENTS
-from specwise.measurement.prompts import check_prompts
+from specwise.measurement.prompts import check_inputs
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder
 from specwise.measurement.study import Listener, Progress, conduct
@@ -93,7 +93,7 @@ def measure(
             _print_plan(design)
             return
         base = study.resolve().parent
-        check_prompts(design, base)  # before a folder is made that could not be used
+        check_inputs(design, base)  # before a folder is made that could not be used
         folder = open_folder(out or _default_folder(design), design, text)
     run(folder, base, quiet=as_json)
     if as_json:

@@ -14,7 +14,7 @@ from specwise.cli.measure import engine_version, interruptible, listener_of, ope
 from specwise.domain import StudyData, StudyDesign, TuneSettings
 from specwise.errors import InputError, StoreError
 from specwise.measurement.design import bundled_study, read_study_file
-from specwise.measurement.prompts import check_prompts
+from specwise.measurement.prompts import check_inputs
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder
 from specwise.measurement.study import Choice, conduct
@@ -91,7 +91,7 @@ def tune(
             _print_plan(design)
             return
         base, path = study.resolve().parent, out or Path(f"{design.name}-tuning")
-        check_prompts(design, base)
+        check_inputs(design, base)
         search = open_folder(path / SEARCH, design, text)
     _search(search, base, quiet=as_json)
     tuned = read_tuning(path)

@@ -22,6 +22,7 @@ import numpy as np
 from specwise.domain import Api, LoadPoint, Segment, StudyDesign, Workload
 from specwise.errors import PromptError
 from specwise.facts.bundled import bundled_prompts
+from specwise.measurement.arrivals import parse_trace
 from specwise.measurement.prompt_files import FORMATS, Prompt, PromptSource, read_prompts
 
 __all__ = [
@@ -30,10 +31,11 @@ __all__ = [
     "PromptPlan",
     "PromptSource",
     "apportion",
-    "check_prompts",
+    "check_inputs",
     "digest",
     "load_prompts",
     "load_source",
+    "read_trace",
     "remarks",
 ]
 
@@ -83,11 +85,32 @@ def load_prompts(
     return load_source(source, base, bundled=bundled).prompts
 
 
-def check_prompts(design: StudyDesign, base: Path) -> None:
-    """Read every prompt source of ``design``; PromptError if one cannot be used as designed."""
+def check_inputs(design: StudyDesign, base: Path) -> None:
+    """Read every file that ``design`` sends from: prompts, and traces of arrivals.
+
+    Raises PromptError or InputError if one cannot be used as designed.
+    """
     segments = [segment for segment in design.segments if not segment.same_prompts_as]
     sources = {s.name: load_source(s.prompts, base, template=s.template).prompts for s in segments}
     PromptPlan(sources, segments, seed=design.seed, warmup=design.warmup)
+    for load in design.loads:
+        if load.trace:
+            read_trace(base, load.trace)
+
+
+def read_trace(base: Path, name: str) -> tuple[float, ...]:
+    """The times in the trace file ``name``, relative to ``base``; see `arrivals.parse_trace`.
+
+    Raises PromptError if it cannot be read, InputError for what is no trace.
+    """
+    path = base / name
+    try:
+        return parse_trace(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(
+            f"Trace file {path} cannot be read: {error}.",
+            "Correct load.trace: it counts from the study file's folder.",
+        ) from error
 
 
 def remarks(segment: Segment, source: PromptSource) -> tuple[str, ...]:

@@ -32,12 +32,19 @@ from specwise.domain import (
     TrialPart,
     Workload,
 )
-from specwise.errors import InputError, PromptError, ServerError, StoppedError, StoreError
-from specwise.measurement.arrivals import intended_times, parse_trace
+from specwise.errors import InputError, ServerError, StoppedError, StoreError
+from specwise.measurement.arrivals import intended_times
 from specwise.measurement.fleet import Fleet
 from specwise.measurement.gpu import GpuSampler
 from specwise.measurement.load import PlannedRequest, Target, run_load
-from specwise.measurement.prompts import ChosenPrompt, PromptPlan, digest, load_source, remarks
+from specwise.measurement.prompts import (
+    ChosenPrompt,
+    PromptPlan,
+    digest,
+    load_source,
+    read_trace,
+    remarks,
+)
 from specwise.measurement.store import StudyFolder, remaining
 from specwise.vllm import metrics
 from specwise.vllm.response import endpoint, request_body
@@ -492,13 +499,7 @@ class _Sitting:
         self, load: LoadPoint, repeat: int, count: int, part: int
     ) -> tuple[float, ...]:
         """The same for every arm: the draw depends on the load, the repeat and the part only."""
-        trace: tuple[float, ...] = ()
-        if load.trace:
-            path = self.base / load.trace
-            try:
-                trace = parse_trace(path.read_text(encoding="utf-8"), load.trace)
-            except (OSError, UnicodeDecodeError) as error:
-                raise PromptError(f"Trace file {path} cannot be read: {error}.") from error
+        trace = read_trace(self.base, load.trace) if load.trace else ()
         rng = np.random.default_rng([self.design.seed, 3, int(load.value * 1000), repeat, part])
         return intended_times(
             load.arrivals, load.value, count, rng, burstiness=load.burstiness, trace=trace
