@@ -13,6 +13,7 @@ Imports stand inside: what a client does not need must not count against its sta
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -181,6 +182,7 @@ def main() -> None:
     result = CLIENTS[sys.argv[1]](json.loads(sys.argv[2]))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     result["cpu_s"] = usage.ru_utime + usage.ru_stime
+    os.set_blocking(sys.stdout.fileno(), True)  # a loop may have left the pipe otherwise
     print(json.dumps(result))
 
 
