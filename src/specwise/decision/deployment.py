@@ -451,13 +451,16 @@ def _routing(design: StudyDesign, standing: Standing, confirmations: Sequence[Co
         good = []
         for segment in design.segments:
             own = [c for c in confirmation.cells if c.workload == segment.name]
-            keeps = len(own) == len(design.loads) and all(
+            kept = len(own) == len(design.loads) and all(
                 c.to_baseline.ratio >= KEPT and c.to_baseline.high >= 1 for c in own
             )
-            if keeps and any(c.to_baseline.low > 1 for c in own):
+            if kept and any(c.to_baseline.low > 1 for c in own):
                 good.append(segment.name)
         if 0 < len(good) < len(design.segments):
-            return _two_pools(design, confirmation.arm, good)
+            arm = confirmation.arm
+            if confirmation.schedule:
+                arm = f"{confirmation.family} and the schedule {_rows(confirmation.schedule)}"
+            return _two_pools(design, arm, good)
     found: dict[str, list[str]] = {}
     gains: dict[str, float] = {}
     ran = {a.arm for c in standing.cells for a in c.arms if a.trials}
@@ -465,8 +468,8 @@ def _routing(design: StudyDesign, standing: Standing, confirmations: Sequence[Co
         for segment in design.segments:
             cells_of = [c for c in standing.cells if c.workload == segment.name]
             own_arm = [a for c in cells_of for a in c.arms if a.arm == name]
-            keeps = bool(own_arm) and all(a.gain >= KEPT and a.high >= 1 for a in own_arm)
-            if name in ran and keeps and any(a.low > 1 for a in own_arm):
+            kept = bool(own_arm) and all(a.gain >= KEPT and a.high >= 1 for a in own_arm)
+            if name in ran and kept and any(a.low > 1 for a in own_arm):
                 found.setdefault(name, []).append(segment.name)
                 gains[name] = gains.get(name, 0.0) + sum(math.log(a.gain) for a in own_arm)
     for name in sorted(found, key=lambda name: -gains[name]):

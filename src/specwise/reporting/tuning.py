@@ -33,7 +33,7 @@ from specwise.decision.deployment import (
 from specwise.decision.findings import counted
 from specwise.decision.tuning import ArmStanding, CellStanding, Spent
 from specwise.decision.verdict import Decision
-from specwise.domain import Arm, LoadPoint, Loop, PickRecord, Trial
+from specwise.domain import Arm, LoadPoint, PickRecord, Trial
 from specwise.measurement.sweep import families
 from specwise.reporting import wording
 from specwise.reporting.console import COLOURS, console_text, ruled_table
@@ -191,24 +191,13 @@ class _View:
         """The family's arms by draft length, 0 for the one that idles."""
         return {_length(self.design.arm(name)): name for name in families(self.design)[family]}
 
-    def drafts_up_to(self, family: str) -> int:
-        """The largest batch at which the family's idle arm still drafts; 0 without such an arm."""
-        idle = self.lengths(family).get(0)
-        speculation = self.design.arm(idle).speculation if idle else None
-        rows = speculation.schedule if speculation else ()
-        return max((last for _, last, k in rows if k), default=0)
-
     def idle_price(self, way: FamilyStanding) -> list[tuple[LoadPoint, str, bool]]:
-        """(load, ratio with interval, predicted) of being on with k = 0, where the idle arm idles.
-
-        At a batch for which it still drafts it says nothing about k = 0.
-        """
+        """(load, ratio with interval, predicted) of being on with k = 0."""
         trials = {(a.arm, c.load): a.trials for c in self.ours for a in c.arms}
-        idle, drafts = self.lengths(way.family).get(0, ""), self.drafts_up_to(way.family)
+        idle = self.lengths(way.family).get(0, "")
         return [
             (load, f"{ratio(gain)} {interval(low, high)}", trials[idle, load] == 0)
             for load, gain, low, high in way.idle_price
-            if load.loop is Loop.OPEN or load.value > drafts
         ]
 
     def _steps(self) -> list[Step]:
@@ -526,7 +515,6 @@ def render_tuning(tuned: Tuned, path: Path) -> str:
         heats=[_heat(view, w.name) for w in _production_first(view)],
         bound=_bound(view),
         few=_FEW,
-        idle_drafts=max((view.drafts_up_to(way.family) for way in tuned.ways), default=0),
         not_run=_never_run(view),
         ways=[_way_row(view, way) for way in tuned.ways],
         minutes=minutes,
