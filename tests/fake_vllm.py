@@ -31,6 +31,7 @@ class FakeVllm:
     more_metrics: Callable[[FakeVllm], str] = lambda _server: ""
     seed: int = 1
     port: int = 0
+    goes_at: int | None = None  # the request whose arrival ends the server
     bodies: list[dict[str, object]] = field(default_factory=list)
     running: int = 0
     counters: dict[str, int] = field(default_factory=dict)
@@ -49,6 +50,9 @@ class FakeVllm:
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
+        self.join()
+
+    def join(self) -> None:
         self._thread.join(10)
 
     async def _serve(self, ready: threading.Event) -> None:
@@ -131,6 +135,8 @@ class FakeVllm:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        if len(self.bodies) == self.goes_at:
+            self._stop.set()
         if body.get("model") != self.model:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if self.fail_status:

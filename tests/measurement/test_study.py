@@ -223,6 +223,15 @@ def test_ctrl_c_is_exit_code_3_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def wait_until_found_gone(folder: Path) -> None:
+    """Until a trial of the draft has ended a part."""
+    deadline = time.monotonic() + 10
+    while not list((folder / "study" / "trials").glob("*draft*/parts.jsonl")):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
+
+
 def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Path) -> None:
     with FakeVllm(step_s=lambda _: 0.001) as baseline:
         draft = FakeVllm(step_s=lambda _: 0.01, conditional=(0.5, 0.5)).__enter__()
@@ -232,7 +241,8 @@ def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Pa
             while len(draft.bodies) < 12:
                 time.sleep(0.01)
             draft.__exit__()
-            time.sleep(0.5)
+            wait_until_found_gone(tmp_path)
+            time.sleep(0.3)
             draft.__enter__()
 
         away = threading.Thread(target=restart)
@@ -247,6 +257,28 @@ def test_a_server_that_restarts_is_waited_for_and_the_trial_goes_on(tmp_path: Pa
     failed = [r for t in data.trials for r in t.records if r.outcome is not Outcome.OK]
     assert len(failed) <= 2, "the requests in flight at concurrency 2, and only these"
     assert max(r.part for t in data.trials for r in t.records) == 1
+
+
+def test_a_server_that_is_away_at_a_trials_end_is_asked_again(tmp_path: Path) -> None:
+    with FakeVllm(step_s=lambda _: 0.001) as baseline:
+        draft = FakeVllm(step_s=lambda _: 0.01, conditional=(0.5, 0.5)).__enter__()
+        path = write_study(tmp_path, baseline.url, draft.url, SHORT)
+
+        def restart() -> None:
+            draft.goes_at = 1 + 11  # one to warm up; the twelfth finds nobody
+            draft.join()
+            wait_until_found_gone(tmp_path)
+            draft.__enter__()
+
+        away = threading.Thread(target=restart)
+        away.start()
+        data, notes = measure(new_folder(path), tmp_path)
+        away.join()
+        draft.__exit__()
+    assert any("the server went away" in note for note in notes)
+    assert all(t.complete and len(t.records) == 12 for t in data.trials)
+    assert {r.outcome for t in data.trials for r in t.records} == {Outcome.OK}
+    assert [r.index for t in data.trials for r in t.records if r.part == 1] == [11]
 
 
 def test_a_server_that_stays_away_ends_the_sitting_and_keeps_the_rest(

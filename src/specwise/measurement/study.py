@@ -7,6 +7,7 @@ every record written as its request ends, and the counters are read again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -440,19 +441,21 @@ class _Sitting:
                 records[request.index] = request
 
             def record(request: RequestRecord) -> None:
-                # A refused connection is the arm's failure if the server answers again in this
-                # run. Otherwise it is away: the run pauses, and what was refused is sent again.
+                # A refused connection is the arm's failure if the server answers what was sent
+                # later: one that shuts down refuses while it still answers what it has. Otherwise
+                # it is away: the run pauses or ends, and what was refused is sent again in the next
+                # part. A few at the end count if they were refused there too.
                 if request.outcome is Outcome.REFUSED:
                     refused.append(request)
                     return
                 if request.outcome in (Outcome.OK, Outcome.HTTP_ERROR):
-                    flush()
+                    flush(request.sent_s)
                 write(request)
 
-            def flush() -> None:
-                for held in refused:
+            def flush(before_s: float) -> None:
+                for held in [r for r in refused if r.finished_s <= before_s]:
                     write(held)
-                refused.clear()
+                    refused.remove(held)
 
             with _GaugeSampler(target) as gauges, GpuSampler(arm) as gpus:
                 run = run_load(
@@ -464,8 +467,8 @@ class _Sitting:
                     keep_text=self.design.keep_text,
                     stop=lambda: self.stop() or away(),
                 )
-            if not away():
-                flush()
+            if before_it.parts and not away():
+                flush(math.inf)
             after = _scrape(target)
             delta = metrics.difference(before, after) if before and after else None
             ended = TrialPart(
