@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from tests.analysis.test_extrapolation import LADDER, scenario
 
-from specwise.analysis.cells import TrialTable, table_of
-from specwise.analysis.steps import context_slope, drafted_share, gaps_of, observed_steps
+from specwise.analysis.cells import CellKey, TrialTable, table_of
+from specwise.analysis.steps import (
+    context_slope,
+    drafted_share,
+    gaps_of,
+    observed_steps,
+    slowed_trials,
+)
 from specwise.domain import (
     LoadPoint,
     Loop,
@@ -160,3 +166,23 @@ def test_long_prompts_may_take_several_steps() -> None:
 
 def test_without_per_request_figures_every_step_is_taken_to_draft() -> None:
     assert drafted_share([record(0, every(1, 0.5, 10))]) == 1
+
+
+def cell_of(*steps_s: float) -> dict[CellKey, tuple[TrialTable, ...]]:
+    """Repeats of one trial, each with steps of another length."""
+    tables = []
+    for repeat, step_s in enumerate(steps_s):
+        found = table(record(0, every(1.0, step_s, 20)), record(1, every(1.0, step_s, 20)))
+        tables.append(replace(found, trial=replace(found.trial, trial_id=str(repeat))))
+    trial = tables[0].trial
+    return {(trial.arm, trial.workload, trial.load, trial.purpose): tuple(tables)}
+
+
+def test_a_trial_slower_than_its_repeats_was_held_up() -> None:
+    found = slowed_trials(cell_of(0.05, 0.04, 0.1, 0.04, 0.041))
+    assert found == {"2": pytest.approx(2.5)}
+    assert slowed_trials(cell_of(0.1)) == {}, "there is nothing to compare it with"
+
+
+def test_a_machine_that_is_always_uneven_names_no_trial() -> None:
+    assert slowed_trials(cell_of(0.04, 0.1, 0.07, 0.05, 0.09)) == {}

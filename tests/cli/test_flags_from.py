@@ -17,11 +17,10 @@ from specwise.cli.flags_from import (
     Choice,
     argument_flags,
     choose,
-    read_assessment,
     served,
-    with_recommendation,
 )
 from specwise.cli.main import specwise
+from specwise.cli.studies import read_assessment, with_recommendation
 from specwise.decision.assessment import Assessment, assess
 from specwise.decision.deployment import Recommendation
 from specwise.decision.schedule import ScheduleProposal

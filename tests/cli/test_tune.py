@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 from tests.stand_in_engine import install
 
 from specwise.cli.main import specwise
+from specwise.cli.tune import confirmation_folder, read_tuning
+from specwise.decision.deployment import confirmation_design
 from specwise.errors import SpecwiseError
 from specwise.measurement.store import StudyFolder
 
@@ -78,6 +80,17 @@ def test_a_tuning_from_the_study_file_to_the_command_to_serve(study: Path) -> No
     again = run("tune", "--resume", "out", "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["recommendation"] == answer["recommendation"]
+
+    rules = run("alerts", "out")
+    assert rules.exit_code == 0, rules.output
+    assert "groups:" in rules.stdout
+
+    more = confirmation_design(
+        read_tuning(folder).search.design, read_tuning(folder).ways[0], repeats=9
+    )
+    longer = confirmation_folder(folder, more)
+    assert longer.path == folder / "confirm"
+    assert longer.design.trials == more.trials
 
     flags = run("flags", "--from", "out")
     assert flags.exit_code == 0, flags.output

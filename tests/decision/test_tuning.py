@@ -30,11 +30,7 @@ from specwise.decision.tuning import (
     sweep_seconds,
 )
 from specwise.decision.verdict import Decision
-from specwise.domain import (
-    Purpose,
-    StudyData,
-    StudyDesign,
-)
+from specwise.domain import MeasuredTrial, Purpose, StudyData, StudyDesign, Trial
 from specwise.measurement.design import parse_study
 from specwise.vllm.flags import schedule_problems
 
@@ -95,6 +91,34 @@ def design_of(serve: str = "") -> StudyDesign:
     return parse_study(STUDY.format(serve=serve), name="t", experiment="tune")
 
 
+class SlowAtFirst(Played):
+    """An engine that something else slows while its first trials run."""
+
+    def __init__(self, truth: Truth, rng: np.random.Generator, trials: int) -> None:
+        super().__init__(truth, rng)
+        self._left = trials
+
+    def run(self, design: StudyDesign, trial: Trial) -> MeasuredTrial:
+        found = super().run(design, trial)
+        self._left -= 1
+        return found if self._left < 0 else slowed(found, 2.2)
+
+
+def slowed(found: MeasuredTrial, times: float) -> MeasuredTrial:
+    records = tuple(
+        replace(
+            r,
+            intended_s=r.intended_s * times,
+            sent_s=r.sent_s * times,
+            chunk_s=tuple(s * times for s in r.chunk_s),
+            finished_s=r.finished_s * times,
+        )
+        for r in found.records
+    )
+    parts = tuple(replace(part, duration_s=part.duration_s * times) for part in found.parts)
+    return replace(found, records=records, parts=parts)
+
+
 class Tuning(Search):
     """A search on a simulated engine; ``last`` is what ended it."""
 
@@ -110,6 +134,13 @@ class Tuning(Search):
         super().__init__(
             engine, design or design_of(), tolerance=tolerance, budget_s=budget_s, start_s=20.0
         )
+
+    @classmethod
+    def slow_at_first(cls, trials: int) -> Tuning:
+        """Something else takes most of the machine while the first ``trials`` run."""
+        tuning = cls(TURNING)
+        tuning.played = SlowAtFirst(TURNING, np.random.default_rng(5), trials)
+        return tuning
 
     def to_its_end(self) -> Tuning:
         self.last = self.run()
@@ -337,6 +368,21 @@ def test_a_confirmed_schedule_is_recommended_and_no_load_is_slower(tuned: Tuning
 def _rest(tuning: Tuning) -> dict[str, str]:
     done = {t.trial.trial_id for t in tuning.trials}
     return not_run(tuning.design, tuning.last.standing, "enough", done)
+
+
+def test_trials_that_something_slowed_do_not_mislead(tuned: Tuning) -> None:
+    """Three of the baseline's first trials are slow: everything else would look twice as good."""
+    tuning = Tuning.slow_at_first(3).to_its_end()
+    held_up = {t.trial.trial_id for t in tuning.trials[:3]}
+    assert set(tuning.last.standing.slowed) == held_up
+    assert tuning.last.standing.slowed[tuning.trials[0].trial.trial_id] > 1.8
+    for load in tuning.design.loads:
+        ours, quiet = (
+            t.last.standing.cell(tuning.design.production_workload, load) for t in (tuning, tuned)
+        )
+        best = {a.arm: a.gain for a in quiet.arms}
+        assert best[ours.best] > 0.96 * best[quiet.best], load.label
+    assert tuned.last.standing.slowed == {}
 
 
 def test_where_nothing_pays_the_answer_is_off(hopeless: Tuning) -> None:

@@ -163,6 +163,24 @@ def test_other_settings_open_what_a_tuning_skipped(tmp_path: Path) -> None:
     assert not again.is_over(TRIAL)
 
 
+def test_more_repeats_leave_what_was_measured_as_it_is(tmp_path: Path) -> None:
+    folder = folder_at(tmp_path)
+    with folder.recording(TRIAL) as writer:
+        writer.request(RECORD)
+        writer.complete()
+    folder.skip(DESIGN.trials[-1], "clear already")
+    text = bundled_study("example")
+    assert "repeats = 2" in text
+    more = parse_study(text.replace("repeats = 2", "repeats = 5"), name="example")
+    folder.add_repeats(more.trials)
+    again = StudyFolder.open(folder.path)
+    assert again.design.trials == more.trials
+    assert again.read_trial(TRIAL).records == (RECORD,)
+    assert not again.is_over(DESIGN.trials[-1])
+    with pytest.raises(ValueError, match="more repeats"):
+        folder.add_repeats(DESIGN.trials)
+
+
 def test_designs_written_before_there_were_tunings_are_read(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     path = folder.path / "manifest.json"

@@ -204,6 +204,12 @@ def test_no_command(text: str) -> None:
 )
 def test_versions(text: str, version: str) -> None:
     assert str(c.Version.parse(text)) == version
+    assert c.Version.of(text) == c.Version.parse(text)
+
+
+@pytest.mark.parametrize("described", ["dev", "", None, 32])
+def test_what_is_no_version(described: object) -> None:
+    assert c.Version.of(described) is None
 
 
 def test_the_table_of_names() -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specwise.analysis.cells import TrialTable, token_arrivals
-from specwise.domain import AcceptanceSource, RequestRecord, Speculation
+from specwise.analysis.cells import Cells, TrialTable, token_arrivals
+from specwise.domain import AcceptanceSource, LoadPoint, RequestRecord, Speculation
 from specwise.prediction.fit import ObservedStep
 
 Floats = NDArray[np.float64]
@@ -25,6 +25,8 @@ LOOKUPS = ("ngram", "suffix")
 LONGEST_PROMPT = 2048  # more may be computed in several steps: max_num_batched_tokens of vLLM
 _FEWEST_STEPS = 5
 _FEWEST_ALONE = 3
+_SLOWED = 1.4
+_MOST_SLOWED = 0.2
 
 
 def observed_steps(
@@ -293,3 +295,32 @@ def drafted_share(records: Iterable[RequestRecord]) -> float:
 def decoding_chunks(record: RequestRecord) -> int:
     """How many steps of a request came after its first token: a chunk each."""
     return max(len(token_arrivals(record)[0]) - 1, 0)
+
+
+def slowed_trials(measured: Cells) -> Mapping[str, float]:
+    """Trials that something else on the machine slowed, by id: how many times too long a step took.
+
+    Nothing makes an engine quicker than it is. So of the trials of one arm in one cell the quickest
+    shows its pace, and one whose median gap between chunks is over 1.4 times as long was held up.
+    Where that is more than a fifth of the trials that can be compared, it is how the machine is,
+    and none is named.
+    """
+    paces: dict[tuple[str, str, LoadPoint], list[tuple[str, float]]] = {}
+    for (arm, workload, load, _), tables in measured.items():
+        for table in tables:
+            gaps = [np.diff(r.chunk_s) for r in table.records if len(r.chunk_s) > 1]
+            if gaps:
+                pace = (table.trial.trial_id, float(np.median(np.concatenate(gaps))))
+                paces.setdefault((arm, workload, load), []).append(pace)
+    found: dict[str, float] = {}
+    compared = 0
+    for trials in paces.values():
+        if len(trials) > 1:
+            compared += len(trials)
+            quickest_s = min(gap_s for _, gap_s in trials)
+            found |= {
+                trial_id: gap_s / quickest_s
+                for trial_id, gap_s in trials
+                if gap_s > _SLOWED * quickest_s
+            }
+    return found if len(found) <= _MOST_SLOWED * compared else {}

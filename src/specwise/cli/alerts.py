@@ -22,12 +22,12 @@ def alerts(study: Path, arm: str | None, selector: str, *, tap: bool, as_json: b
 
     Thresholds are the study's own: its acceptance, its TPOT without speculation, its crossover.
     """
-    from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
-    from specwise.measurement.store import read_study  # noqa: PLC0415
+    from specwise.cli.studies import read_assessment  # noqa: PLC0415 - numpy and scipy load here
     from specwise.monitoring.alerts import alert_rules  # noqa: PLC0415
     from specwise.monitoring.expectations import expectations  # noqa: PLC0415
 
-    expected = expectations(assess(read_study(study)), arm=arm)
+    _, assessment = read_assessment(study)
+    expected = expectations(assessment, arm=arm)
     rules = alert_rules(expected, selector=selector, tap=tap)
     if as_json:
         import orjson  # noqa: PLC0415

@@ -24,11 +24,11 @@ def dashboard(study: Path, arm: str | None, selector: str, *, tap: bool, _as_jso
     """
     import orjson  # noqa: PLC0415
 
-    from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
-    from specwise.measurement.store import read_study  # noqa: PLC0415
+    from specwise.cli.studies import read_assessment  # noqa: PLC0415 - numpy and scipy load here
     from specwise.monitoring.dashboard import dashboard as model  # noqa: PLC0415
     from specwise.monitoring.expectations import expectations  # noqa: PLC0415
 
-    expected = expectations(assess(read_study(study)), arm=arm)
+    _, assessment = read_assessment(study)
+    expected = expectations(assessment, arm=arm)
     page = model(expected, selector=selector, tap=tap)
     click.echo(orjson.dumps(page, option=orjson.OPT_INDENT_2))

@@ -14,14 +14,11 @@ import click
 import orjson
 
 from specwise.cli.flags import FORMATS, Checked, answer, check, say_findings
-from specwise.decision.assessment import Assessment, assess
-from specwise.decision.deployment import Recommendation, Tuned
-from specwise.decision.evidence import gather_evidence
-from specwise.decision.schedule import ScheduleProposal
+from specwise.cli.studies import read_assessment
+from specwise.decision.assessment import Assessment
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, Deployment, Speculation, StudyData
 from specwise.errors import CommandError, InputError, MeasurementError
-from specwise.measurement.store import read_study
 from specwise.monitoring.rollout import Serving, plan_rollout, to_markdown
 from specwise.reporting.json_export import json_types
 from specwise.vllm.command import Flag, ServeCommand, Version, names, read_words, to_words
@@ -34,61 +31,6 @@ _SECRET_FLAGS = ("--api-key", "--hf-token")
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _EAGER = ("--enforce-eager", "--no-enforce-eager", "--compilation-config")
 _NOTHING = "# Nothing to add: serve without a speculative configuration."
-
-
-def is_tuning(path: Path) -> bool:
-    """Whether ``path`` is what `specwise tune` wrote, which holds studies and is none itself."""
-    return not (path / "manifest.json").exists() and (path / "search" / "manifest.json").exists()
-
-
-def read_assessment(path: Path) -> tuple[Path, Assessment]:
-    """The study folder that ``path`` stands for, and what is to be done by it.
-
-    A study is its own folder. Of a tuning it is the confirmation that its answer rests on, and the
-    answer is the verdict. Raises StoreError for a folder that is neither.
-    """
-    if not is_tuning(path):
-        study = read_study(path)
-        return path, assess(study, gather_evidence(study))
-    from specwise.cli.tune import read_tuning  # noqa: PLC0415
-
-    tuned = read_tuning(path)
-    study = _rests_on(tuned)
-    assessment = assess(study, gather_evidence(study))
-    return Path(study.folder), with_recommendation(assessment, tuned.recommendation)
-
-
-def _rests_on(tuned: Tuned) -> StudyData:
-    """The study in which a tuning confirmed what it recommends, else what else it measured."""
-    recommended = tuned.recommendation
-    for study in tuned.confirming:
-        arm = next((a for a in study.design.arms if a.name == recommended.arm), None)
-        ran = None if arm is None else arm.speculation
-        if ran is not None and ran.schedule == recommended.schedule:
-            return study
-    return (*tuned.confirming, tuned.search)[0]
-
-
-def with_recommendation(assessment: Assessment, recommended: Recommendation) -> Assessment:
-    """The confirmation of a tuning with the tuning's answer as its verdict.
-
-    The tuning asks more than a study: that no load loses, not only production's.
-    """
-    schedule = None
-    if recommended.arm is not None and recommended.schedule:
-        schedule = ScheduleProposal(
-            recommended.arm, recommended.schedule, "confirmed by the tuning", confirmed=True
-        )
-    verdict = replace(
-        assessment.verdict,
-        decision=recommended.decision,
-        arm=recommended.arm,
-        headline=recommended.headline,
-        reasons=recommended.reasons,
-        schedule=schedule,
-        next_trials=(),
-    )
-    return replace(assessment, verdict=verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +183,9 @@ def without_speculation(study: StudyData, choice: Choice) -> Choice:
 
 def _version(described: object) -> tuple[Version, list[str]]:
     """The version that a server said it has, else the newest known, and a remark."""
-    try:
-        if isinstance(described, str):
-            return Version.parse(described), []
-    except CommandError:
-        pass
+    version = Version.of(described)
+    if version is not None:
+        return version, []
     newest = names().newest
     return newest, [f"The study does not say its vLLM version: written for {newest} (--vllm)."]
 

@@ -186,7 +186,7 @@ def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool)
         if any(c.outcome == "confirmed" for c in tuned.confirmations):
             return
         design = confirmation_design(tuned.search.design, way, repeats=repeats)
-        folder = _confirmation_folder(path, design)
+        folder = confirmation_folder(path, design)
         if not quiet:
             arms = ", ".join(arm.name for arm in folder.design.arms)
             click.echo(f"\nConfirming on requests dealt anew: {arms}")
@@ -194,15 +194,17 @@ def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool)
         tuned = read_tuning(path)
 
 
-def _confirmation_folder(path: Path, design: StudyDesign) -> StudyFolder:
+def confirmation_folder(path: Path, design: StudyDesign) -> StudyFolder:
     """The confirmation of these arms in the tuning at ``path``: one that is there, or a new one.
 
-    A tuning that goes on under other settings may have other arms to confirm.
+    A tuning that goes on under other settings may have other arms to confirm, or more repeats.
     """
     held = confirmation_paths(path)
     for where in held:
         folder = StudyFolder.open(where)
         if folder.design.arms == design.arms:
+            if len(design.trials) > len(folder.design.trials):
+                folder.add_repeats(design.trials)
             return folder
     where = path / (f"{CONFIRM}-{len(held) + 1}" if held else CONFIRM)
     text = (path / SEARCH / "study.toml").read_text(encoding="utf-8")

@@ -127,11 +127,11 @@ def watch(
 def _expected(study: Path | None, arm: str | None) -> Expectations | None:
     if study is None:
         return None
-    from specwise.decision.assessment import assess  # noqa: PLC0415
-    from specwise.measurement.store import read_study  # noqa: PLC0415
+    from specwise.cli.studies import read_assessment  # noqa: PLC0415
     from specwise.monitoring.expectations import expectations  # noqa: PLC0415
 
-    return expectations(assess(read_study(study)), arm=arm)
+    _, assessment = read_assessment(study)
+    return expectations(assessment, arm=arm)
 
 
 def _headers(variable: str | None) -> dict[str, str]:

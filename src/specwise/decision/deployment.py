@@ -423,8 +423,10 @@ def recommend(
         )
     open_ = [c for c in confirmations if c.outcome == "undecided"]
     headline = f"Not decided: {bound}."
+    go_on = "more minutes (--budget)"
     if open_:
         headline = f"Not decided: the confirmation of {open_[0].arm} leaves it open."
+        go_on = "the undecided loads more repeats (--confirm-repeats)"
     return Recommendation(
         Decision.MEASURE_MORE,
         None,
@@ -434,8 +436,8 @@ def recommend(
         (
             *refused,
             *([f"{_sentence(bound)}."] if open_ else []),
-            "Give more minutes (--budget), more requests a trial or a quieter machine, and go on "
-            "with --resume: nothing measured is lost.",
+            f"Go on with --resume and give {go_on}: nothing measured is lost. More requests a "
+            "trial, or a quieter machine, narrow the intervals sooner.",
         ),
         _routing(design, standing, confirmations),
     )

@@ -84,7 +84,7 @@ def arm_facts(arm: Arm, provenance: Mapping[str, Any]) -> ArmFacts:
     """Metadata of one arm: its checkpoints, memory plan and lint, as far as they are at hand."""
     described = (provenance.get("arms") or {}).get(arm.name) or {}
     command = _command(described.get("command") or ())
-    version = _version(described.get("vllm"))
+    version = Version.of(described.get("vllm"))
     config: dict[str, Any] = {}
     if arm.speculation is not None:
         config = speculative_config(arm.speculation)
@@ -135,13 +135,6 @@ def arm_facts(arm: Arm, provenance: Mapping[str, Any]) -> ArmFacts:
 def _command(words: Sequence[str]) -> ServeCommand | None:
     try:
         return read_words([str(word) for word in words]) if words else None
-    except CommandError:
-        return None
-
-
-def _version(text: object) -> Version | None:
-    try:
-        return Version.parse(text) if isinstance(text, str) else None
     except CommandError:
         return None
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specwise.analysis.cells import Cells, TrialTable
+from specwise.analysis.steps import slowed_trials
 from specwise.analysis.sweep_forecast import SweepForecast, forecast_sweep
 from specwise.decision.belief import (
     Belief,
@@ -90,7 +91,8 @@ class Standing:
     """What is known of a sweep after some of its trials.
 
     ``regret`` and ``regret_bound`` are averages over the cells: what is lost, expected and with
-    95 %, if the best arm so far is chosen in each. ``belief`` is what they are computed from.
+    95 %, if the best arm so far is chosen in each. ``belief`` is what they are computed from, all
+    trials but the ``slowed`` ones (see `slowed_trials`).
     """
 
     cells: tuple[CellStanding, ...]
@@ -99,6 +101,7 @@ class Standing:
     regret_bound: float
     belief: Belief
     forecast: SweepForecast
+    slowed: Mapping[str, float]
 
     def cell(self, workload: str, load: LoadPoint) -> CellStanding:
         """That cell; KeyError if the sweep has none."""
@@ -153,6 +156,8 @@ def survey(
     ``forecast`` may be given where the caller has it already.
     """
     by_family = families(design)
+    slowed = slowed_trials(measured)
+    measured = _without(measured, slowed)
     if forecast is None:
         forecast = forecast_sweep(design, measured, by_family)
     cells = tuple((w.name, load) for w in design.workloads for load in design.loads)
@@ -178,7 +183,16 @@ def survey(
         regret_bound=found.mean_bound,
         belief=belief,
         forecast=forecast,
+        slowed=slowed,
     )
+
+
+def _without(measured: Cells, slowed: Collection[str]) -> Cells:
+    kept = {
+        key: tuple(t for t in tables if t.trial.trial_id not in slowed)
+        for key, tables in measured.items()
+    }
+    return {key: tables for key, tables in kept.items() if tables}
 
 
 def next_pick(
@@ -198,7 +212,8 @@ def next_pick(
     workload, one of them twice (how much the machine varies by itself), and one arm of each method
     at a light and at a medium load. Then the trial whose knowledge is worth most for each second it
     takes (see `belief.worth`). The end is the tolerance on the 95 % bound of the average regret,
-    the budget, or that no trial is left.
+    the budget, or that no trial is left; within the tolerance, the baseline is first seen a second
+    time wherever it was seen once only, in case something had slowed that trial.
     """
     done = {t.trial.trial_id for tables in measured.values() for t in tables} | set(over)
     standing = survey(design, measured, seed=seed)
@@ -211,17 +226,22 @@ def next_pick(
     for trial, reason in _opening(design):
         if trial.trial_id not in done:
             return Next(trial, reason, "", standing)
+    again = _second_look(design, measured, done)
+    if standing.regret_bound <= tolerance and again is not None:
+        reason = "the baseline at another time: something may have slowed the only trial of it"
+        return Next(again, reason, "", standing)
     if standing.regret_bound <= tolerance:
         reason = (
             f"the bound on the remaining regret, {percent(standing.regret_bound)}, is within the "
             f"tolerance of {percent(tolerance)}"
         )
         return Next(None, reason, "tolerance", standing)
-    clock = _Clock(design, measured, spent, standing.belief)
+    kept = _without(measured, standing.slowed)
+    clock = _Clock(design, kept, spent, standing.belief)
     chosen = _most_worth(
         standing,
-        worth(standing.belief, _expected_variances(design, measured, standing.belief)),
-        _open_trials(design, done),
+        worth(standing.belief, _expected_variances(design, kept, standing.belief)),
+        _open_trials(design, done | _beside_slowed(design, standing.slowed)),
         clock,
         running,
     )
@@ -297,6 +317,38 @@ def _opening(design: StudyDesign) -> list[tuple[Trial, str]]:
             wanted.append((arm, workload, light, Purpose.MEASURE, reason))
     first = {(t.arm, t.workload, t.load, t.purpose): t for t in design.trials if not t.repeat}
     return [(first[key], reason) for *key_, reason in wanted if (key := tuple(key_)) in first]
+
+
+def _beside_slowed(design: StudyDesign, slowed: Collection[str]) -> set[str]:
+    """Trials that could be compared with a slowed baseline only."""
+    baseline = design.arms[0].name
+    blocks = {
+        (t.workload, t.load, t.repeat)
+        for t in design.trials
+        if t.trial_id in slowed and (t.arm, t.purpose) == (baseline, Purpose.MEASURE)
+    }
+    return {t.trial_id for t in design.trials if (t.workload, t.load, t.repeat) in blocks}
+
+
+def _second_look(design: StudyDesign, measured: Cells, done: Collection[str]) -> Trial | None:
+    """A repeat of the baseline on the production workload where it was measured once."""
+    baseline, production = design.arms[0].name, design.production_workload
+    seen = [
+        load
+        for (arm, workload, load, _), tables in measured.items()
+        for _ in tables
+        if (arm, workload) == (baseline, production)
+    ]
+    left = _open_trials(design, done)
+    return next(
+        (
+            trial
+            for load in sorted(design.loads)
+            if seen.count(load) == 1
+            and (trial := left.get((baseline, production, load))) is not None
+        ),
+        None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------

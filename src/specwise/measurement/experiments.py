@@ -28,7 +28,7 @@ from specwise.domain import (
     StudyDesign,
     Workload,
 )
-from specwise.errors import CommandError, StudyFileError
+from specwise.errors import StudyFileError
 from specwise.measurement.trials import order_trials
 from specwise.vllm.command import Version
 from specwise.vllm.flags import DRAFT_SAMPLING
@@ -139,16 +139,13 @@ def other_samplings(speculation: Speculation, version: str | None) -> tuple[str,
     None of an unknown version, and none where vLLM would not take the option.
     """
     options = speculation.options
+    known = Version.of(version)
     if (
-        version is None
+        known is None  # also a build without a version, such as "dev": what it has is not known
         or speculation.method not in SAMPLES_ITS_DRAFTS
         or options.get("rejection_sample_method", "standard") != "standard"
         or options.get("use_heterogeneous_vocab")
     ):
-        return ()
-    try:
-        known = Version.parse(version)
-    except CommandError:  # a build without a version, such as "dev": what it has is not known
         return ()
     used = options.get("draft_sample_method", "greedy")
     return tuple(m for m, span in DRAFT_SAMPLING.items() if m != used and span.holds(known))

@@ -194,7 +194,20 @@ class StudyFolder:
 
     def change_settings(self, settings: TuneSettings | None) -> None:
         """Go on with a tuning under other settings: what it skipped is open again."""
-        self.design = replace(self.design, tune=settings)
+        self._change(replace(self.design, tune=settings))
+
+    def add_repeats(self, trials: tuple[Trial, ...]) -> None:
+        """Go on with more repeats: ``trials`` begins with those of the design.
+
+        What was skipped is open again. Raises ValueError for other trials.
+        """
+        held = self.design.trials
+        if trials[: len(held)] != held:
+            raise ValueError("more repeats leave the trials before them as they are")
+        self._change(replace(self.design, trials=trials))
+
+    def _change(self, design: StudyDesign) -> None:
+        self.design = design
         with _disk_errors(self.path):
             self._write_manifest()
             self.unskip()

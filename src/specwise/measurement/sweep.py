@@ -18,7 +18,7 @@ from specwise.domain import (
     StudyDesign,
     TuneSettings,
 )
-from specwise.errors import CommandError, StudyFileError
+from specwise.errors import StudyFileError
 from specwise.measurement.experiments import SAMPLES_ITS_DRAFTS, VersionOf, other_samplings
 from specwise.measurement.trials import order_trials
 from specwise.vllm.command import Version
@@ -185,10 +185,9 @@ def follows_schedules(
     """Whether this vLLM lets the draft length follow the batch size. An unknown version may."""
     if speculation.method not in METHODS_WITH_SCHEDULE or is_data_parallel(deployment):
         return False
-    try:
-        return version is None or Version.parse(version) >= SCHEDULE_START
-    except CommandError:  # a build without a version, such as "dev": it is newer than releases
-        return True
+    known = Version.of(version)
+    # A build without a version, such as "dev", is newer than releases.
+    return known is None or known >= SCHEDULE_START
 
 
 def is_data_parallel(deployment: Deployment) -> bool:

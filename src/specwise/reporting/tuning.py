@@ -30,8 +30,8 @@ from specwise.decision.deployment import (
     keeps,
     slower,
 )
-from specwise.decision.findings import counted
-from specwise.decision.tuning import ArmStanding, CellStanding, Spent
+from specwise.decision.findings import counted, listed
+from specwise.decision.tuning import ArmStanding, CellStanding, Spent, Standing
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, LoadPoint, PickRecord, Trial
 from specwise.measurement.sweep import families
@@ -260,6 +260,15 @@ def print_tuning(tuned: Tuned, console: Console | None = None, report: Path | No
     _Printer(console or Console(), _View(tuned)).print_all(report)
 
 
+def slowed_words(standing: Standing) -> str:
+    """Which trials count for nothing, and why."""
+    trials = [f"{name} ({times:.1f}x)" for name, times in standing.slowed.items()]
+    return (
+        f"{listed(trials)}: something slowed the machine. A step took that many times as long as "
+        "in another trial of the same arm, workload and load."
+    )
+
+
 class _Printer:
     """One tuning on its way to one console."""
 
@@ -299,6 +308,9 @@ class _Printer:
         facts.add_column(width=8, no_wrap=True)
         facts.add_row(self.text("Regret", "bold"), self.text(_regret_words(view)))
         facts.add_row(self.text("Time", "bold"), self.text(_time_words(view)))
+        if self.tuned.standing.slowed:
+            words = slowed_words(self.tuned.standing)
+            facts.add_row(self.text("Left out", "bold"), self.text(words))
         self.console.print(Padding(facts, (0, 0, 0, 2), expand=False), highlight=False)
         for place, command in enumerate(view.next_steps(view.folder(report))):
             self.labelled("" if place else "Next", command)
@@ -461,6 +473,7 @@ def tuning_to_dict(tuned: Tuned) -> dict[str, Any]:
             for step in view.steps
         ],
         "eliminated": json_types(standing.eliminated),
+        "slowed": dict(standing.slowed),
         "ways": [json_types(way) | {"gain": json_types(way.gain)} for way in tuned.ways],
         "confirmations": [
             json_types(c)
@@ -502,6 +515,7 @@ def render_tuning(tuned: Tuned, path: Path) -> str:
         tuned=tuned,
         design=design,
         standing=standing,
+        slowed=slowed_words(standing),
         answer=tuned.recommendation,
         predicted=tuned.search.predicted,
         baseline=design.arms[0].name,

@@ -39,6 +39,14 @@ class Version:
             )
         return cls(int(match[1]), int(match[2]), int(match[3] or 0))
 
+    @classmethod
+    def of(cls, described: object) -> Version | None:
+        """The version that a server or an environment named; None if that is none, as "dev"."""
+        try:
+            return cls.parse(described) if isinstance(described, str) else None
+        except CommandError:
+            return None
+
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}.{self.patch}"
 

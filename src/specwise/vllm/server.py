@@ -27,6 +27,7 @@ import httpx
 from specwise.domain import Deployment, Speculation
 from specwise.errors import EngineError, InputError, ServerError
 from specwise.vllm import engine, flags, metrics
+from specwise.vllm.command import Version
 from specwise.vllm.server_watchdog import living_members
 
 EMBEDDED = "embedded"
@@ -39,7 +40,8 @@ EMBEDDED_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIN
 
 _ENTRY_POINT = "vllm.entrypoints.openai.api_server"
 _WATCHDOG = Path(__file__).with_name("server_watchdog.py")
-_PER_REQUEST_METRICS_SINCE = (0, 29)  # vllm/config/observability.py
+_PER_REQUEST_METRICS_SINCE = Version(0, 29)  # vllm/config/observability.py
+_PROMPT_DETAILS_SINCE = Version(0, 8)
 # Words that specwise puts into the command itself.
 _OURS = ("--model", "--served-model-name", "--host", "--port", "--speculative-config")
 _EAGER_CHOICES = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-O")
@@ -92,8 +94,8 @@ def probe(
         version = _json(url, get("/version")).get("version")
     with contextlib.suppress(ServerError):  # /metrics can be switched off
         snapshot = metrics.parse(get("/metrics"))
-    number = version_number(version)
-    cannot = snapshot.speculative is False or (number and number < _PER_REQUEST_METRICS_SINCE)
+    known = Version.of(version)
+    cannot = snapshot.speculative is False or (known and known < _PER_REQUEST_METRICS_SINCE)
     return Capabilities(
         version=version,
         models=tuple(by_name),
@@ -115,12 +117,6 @@ def _json(url: str, text: str) -> dict[str, Any]:
             "Check that the address is that of a vLLM server, without a path such as /v1.",
         )
     return content
-
-
-def version_number(version: str | None) -> tuple[int, ...] | None:
-    """``0.32.1rc1+cpu`` -> (0, 32, 1); None for None and for what starts with no number."""
-    match = re.match(r"v?(\d+(?:\.\d+)*)", version or "")
-    return tuple(int(part) for part in match[1].split(".")) if match else None
 
 
 def launch_command(
@@ -150,14 +146,18 @@ def launch_command(
     if deployment.engine == EMBEDDED and not given.intersection(_EAGER_CHOICES):
         # Compiling takes one to two minutes on a CPU and gains nothing there.
         command.append("--enforce-eager")
-    number = version_number(version) or ()
-    if "--enable-prompt-tokens-details" not in given and number >= (0, 8):
+    known = Version.of(version)
+
+    def has(since: Version) -> bool:
+        return known is not None and known >= since
+
+    if "--enable-prompt-tokens-details" not in given and has(_PROMPT_DETAILS_SINCE):
         command.append("--enable-prompt-tokens-details")  # cached tokens in each answer's usage
     if speculation is not None:
         config = json.dumps(startable_config(speculation), separators=(",", ":"))
         command += ["--speculative-config", config]
         flag = "--per-request-spec-decode-metrics"
-        if flag not in given and number >= _PER_REQUEST_METRICS_SINCE:
+        if flag not in given and has(_PER_REQUEST_METRICS_SINCE):
             command += [flag, "summary"]
     return command
 
@@ -189,27 +189,26 @@ def startable_config(speculation: Speculation) -> dict[str, Any]:
 
 
 def _check_schedule(speculation: Speculation) -> None:
-    """The rules of vLLM 0.32 (``v1/spec_decode/dynamic/utils.py``), which it applies ~40 s late.
+    """vLLM's own rules, and two that it passes over in silence.
 
-    Stricter in two points that vLLM passes over in silence: no gaps (it would carry the previous k
-    on) and no k above the arm's own (it would cut it down).
+    These are: no gaps (it would carry the previous k on) and no k above the arm's own (it would cut
+    it down).
     """
-    expected_start = 1
-    for first, last, k in speculation.schedule:
-        row = f"Row [{first}, {last}, {k}] of the schedule"
-        if first != expected_start:
-            raise InputError(
-                f"{row} starts at batch size {first} instead of {expected_start}.",
-                "Rows are [first batch size, last batch size, k], start at 1 and leave no gap.",
-            )
-        if last < first:
-            raise InputError(f"{row} ends before it starts.", "Swap the first two numbers.")
-        if not 0 <= k <= speculation.k:
-            raise InputError(
-                f"{row} asks for k={k}, which is not between 0 and the arm's k={speculation.k}.",
-                "Raise the arm's k or lower this row's.",
-            )
-        expected_start = last + 1
+    rows = speculation.schedule
+    problems = flags.schedule_problems(rows)
+    if not problems:
+        gaps = flags.schedule_gaps(rows)
+        problems = [f"batch sizes {first} to {last} are in no row" for first, last, _ in gaps]
+        problems += [
+            f"row {list(row)} asks for more than the arm's k = {speculation.k}"
+            for row in rows
+            if row[2] > speculation.k
+        ]
+    if problems:
+        raise InputError(
+            f"The schedule cannot be served: {'; '.join(problems)}.",
+            "Rows are [first batch size, last batch size, k], start at 1 and leave no gap.",
+        )
 
 
 def installed_version(python: str | os.PathLike[str]) -> str | None:
