@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+if "truths" in sys.argv:  # one process a core: threads would only wait for each other
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from benchmarks import tune_truths
 
 from specwise.analysis.cells import Cells, TrialTable, cells
