@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 SPECWISE := $(VENV)/bin/specwise
-# For two cores: many tests wait, for a server or for a process.
+# For two cores: many tests wait, for a server or for a process. Each worker gets one thread for its
+# matrices, since the threads of three would only wait for each other.
 WORKERS ?= 3
 
 # Containers set it; then each of the hundreds of processes that tests start compiles everything.
@@ -21,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -m "not alone" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OPENBLAS_NUM_THREADS=1 $(VENV)/bin/pytest -m "not alone" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(VENV)/bin/pytest -m alone
 
 $(VENV)/.installed: requirements/runtime.lock pyproject.toml
