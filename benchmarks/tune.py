@@ -8,8 +8,8 @@
 ``embedded`` tunes on the real engine, then runs the exhaustive sweep of the same arms, and holds
 the first against the second (an hour on two idle cores). FOLDER keeps both: what is there already
 is not measured again, so it can be stopped and started. A sweep's own figures are noisy: its best
-arm is partly luck. So a cell's regret is also given as an interval, and counts as none where that
-holds 0. Exits with 1 if a bar is missed.
+arm is partly luck. So a cell's regret is that of the belief after the whole sweep, with an
+interval, and counts as none where that holds 0. Exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from benchmarks import tune_truths
 
-from specwise.analysis.cells import Cells, TrialTable, cells
-from specwise.analysis.comparison import speedup_effects
+from specwise.analysis.cells import cells
 from specwise.cli.tune import read_tuning
 from specwise.decision.deployment import KEPT, SCHEDULED, Tuned
-from specwise.decision.tuning import Spent, Standing, log_goodput, survey
+from specwise.decision.tuning import Spent, Standing, survey
 from specwise.decision.verdict import Decision
-from specwise.domain import LoadPoint, Purpose, StudyData
+from specwise.domain import StudyData
 from specwise.measurement.store import read_study
 
 HERE = Path(__file__).resolve().parent
@@ -119,26 +118,31 @@ def _first(tuned: Tuned, seconds: float) -> set[str]:
 
 
 def judge_choices(standing: Standing, sweep: StudyData) -> bool:
-    """Print each cell's choice beside the sweep's best; whether no regret is above 2 % for sure."""
-    measured = cells(sweep)
-    noise = trial_deviation(measured, sweep)
+    """Print each cell's choice beside the sweep's best; whether no regret is above 2 % for sure.
+
+    Gains are those of the belief after every trial of the sweep: a single trial of each arm would
+    name the luckiest, and on a machine that drifts the one that ran at a good time.
+    """
+    truth = survey(sweep.design, cells(sweep)).belief
+    rows = [sweep.design.arms[0].name, *(c.arm for c in truth.candidates)]
+    gains = truth.draws(4000, np.random.default_rng(7))
+    means, best = np.vstack([np.zeros(len(truth.cells)), truth.mean]), truth.best()
+    print(
+        f"(a trial of the sweep differs by {truth.machine_deviation:.1%} for no reason of its own, "
+        f"{truth.drift_deviation:.1%} of it drift)"
+    )
     print(f"{'workload':<8}{'load':>5}  {'chosen':<14}{'sweep best':<14}regret [95 %]")
     lost, outside = [], []
-    for cell in standing.cells:
-        values = {
-            arm.name: value_of(measured[arm.name, cell.workload, cell.load, Purpose.MEASURE])
-            for arm in sweep.design.arms
-        }
-        best = max(values, key=lambda name: values[name])
-        difference = values[best] - values[cell.best]
-        tables = measured[best, cell.workload, cell.load, Purpose.MEASURE]
-        half = 1.96 * math.sqrt(2 * noise[cell.load] ** 2 / len(tables))
-        lost.append(1 - math.exp(-difference))
-        if difference > half and lost[-1] > TOLERANCE:
-            outside.append(f"{cell.workload} {cell.load.label}")
-        low, high = (1 - math.exp(-(difference + side * half)) for side in (-1, 1))
+    for j, (workload, load) in enumerate(truth.cells):
+        chosen = standing.cell(workload, load).best
+        row = rows.index(chosen)
+        lost.append(1 - math.exp(means[row, j] - means[best[j], j]))
+        drawn = 1 - np.exp(gains[:, row, j] - gains[:, best[j], j])
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        if low > 0 and lost[-1] > TOLERANCE:
+            outside.append(f"{workload} {load.label}")
         print(
-            f"{cell.workload:<8}{cell.load.label:>5}  {cell.best:<14}{best:<14}"
+            f"{workload:<8}{load.label:>5}  {chosen:<14}{rows[best[j]]:<14}"
             f"{lost[-1]:6.1%} [{low:.1%}, {high:.1%}]"
         )
     print(f"regret against the sweep's best: mean {np.mean(lost):.2%}, largest {max(lost):.1%}")
@@ -170,22 +174,6 @@ def judge_confirmation(tuned: Tuned) -> bool:
     alone = [c.to_baseline.ratio for c in found.cells if (c.workload, c.load.value) == ("json", 1)]
     met &= bar("schedule / off, json at c1", alone[0] if alone else math.nan, AT_ONE, at_least=True)
     return met
-
-
-def value_of(tables: tuple[TrialTable, ...]) -> float:
-    """Mean log goodput over repeats."""
-    return float(np.mean([log_goodput(table) for table in tables]))
-
-
-def trial_deviation(measured: Cells, sweep: StudyData) -> dict[LoadPoint, float]:
-    """How much a trial's log value differs by itself at each load, from the speedups' intervals."""
-    effects = speedup_effects(measured, sweep.design.arms[0].name)
-    return {
-        load: float(
-            np.median([e.se_log * math.sqrt(e.repeats / 2) for e in effects if e.load == load])
-        )
-        for load in sweep.design.loads
-    }
 
 
 def sweep_seconds(search: StudyData, sweep: StudyData, spent: Spent) -> float:

@@ -92,6 +92,66 @@ def test_a_family_that_was_not_measured_is_less_sure() -> None:
     assert gain(belief(known="nothing"), "d-k2")[1] > 0.3
 
 
+def test_an_arm_that_idles_is_expected_to_cost_a_little() -> None:
+    arms = (Candidate("d-idle", "d", "draft_model", 0), Candidate("n-idle", "n", "ngram", 0))
+    found = believe(
+        arms, CELLS, workloads=WORKLOADS, predicted={}, rests_on={"d": "itself", "n": "itself"},
+        observed=(),
+    )  # fmt: skip
+    draft, lookup = gain(found, "d-idle"), gain(found, "n-idle")
+    assert -0.05 < draft[0] < -0.01
+    assert lookup[0] < draft[0]  # no asynchronous scheduling: that costs more, and less surely
+    assert lookup[1] > draft[1]
+
+
+def drifting(seed: int, *, known_times: bool) -> tuple[Belief, np.ndarray]:
+    """A search on a machine whose pace drifts by 10 %: the baseline everywhere, then the arms.
+
+    Two trials a minute; the true gains are drawn from the prior.
+    """
+    rng = np.random.default_rng(seed)
+    prior = belief()
+    truth = prior.draws(1, rng)[0][1:]
+    pace, observed, at_s = 0.1 * rng.standard_normal(), [], 0.0
+    for repeat in range(2):
+        for row in (None, 0, 1, 2):
+            for column, cell in enumerate(CELLS):
+                at_s += 30.0
+                kept = math.exp(-30.0 / 120.0)
+                pace = kept * pace + 0.1 * math.sqrt(1 - kept**2) * rng.standard_normal()
+                value = pace + (0.0 if row is None else truth[row, column])
+                arm = None if row is None else ARMS[row].arm
+                time_s = at_s if known_times else None
+                observed.append(Observed(arm, cell, repeat, value, 1e-6, time_s))
+    return belief(*observed), truth
+
+
+def test_what_drifts_is_told_from_what_an_arm_gains() -> None:
+    found, errors = [], {True: [], False: []}
+    for seed in range(20):
+        for known in (True, False):
+            after, truth = drifting(seed, known_times=known)
+            errors[known].append(np.sqrt(((after.mean - truth) ** 2).mean()))
+            if known:
+                found.append((np.abs(after.mean - truth) < 1.96 * after.deviation).mean())
+                assert after.drift_deviation > 0.03
+    assert np.mean(found) > 0.88
+    assert np.mean(errors[True]) < 0.9 * np.mean(errors[False])
+
+
+def test_a_calm_machine_is_not_said_to_drift() -> None:
+    rng = np.random.default_rng(3)
+    seen = [
+        Observed(
+            arm, cell, r, 0.004 * rng.standard_normal() + (0.1 if arm else 0.0), 1e-6, 30.0 * number
+        )
+        for number, (r, arm, cell) in enumerate(
+            (r, arm, cell) for r in range(2) for arm in (None, "d-k2") for cell in CELLS
+        )
+    ]
+    assert belief(*seen).drift_deviation < 0.008
+
+
 def test_repeats_that_disagree_make_it_doubt_the_machine() -> None:
     calm = [trial(a, v, r) for r in range(4) for a, v in ((None, 0.0), ("d-k2", 0.1))]
     wild = [

@@ -380,8 +380,8 @@ def test_trials_that_something_slowed_do_not_mislead(tuned: Tuning) -> None:
         ours, quiet = (
             t.last.standing.cell(tuning.design.production_workload, load) for t in (tuning, tuned)
         )
-        best = {a.arm: a.gain for a in quiet.arms}
-        assert best[ours.best] > 0.96 * best[quiet.best], load.label
+        chosen = next(a for a in quiet.arms if a.arm == ours.best)  # perhaps one it did not try
+        assert chosen.high > 0.98 * quiet.arms[0].gain, load.label
     assert tuned.last.standing.slowed == {}
 
 

@@ -4,11 +4,13 @@ The gains g (log goodput over the baseline's) of all (arm, cell) pairs are joint
 mean is the prediction, their covariance says how its errors hang together. A trial of arm a in
 block b (a cell and a repeat: the same requests for every arm) shows
 
-    y = g[a, cell] + level[b] + noise,        g[baseline] = 0,
+    y = g[a, cell] + level[b] + drift(t) + noise,        g[baseline] = 0,
 
 where nothing is known of the block's level. So trials of one block are compared with each other
-and with nothing else: the paired design, without choosing which trials to pair. Conditioning is
-that of a Gaussian process (Rasmussen and Williams 2006, eq. 2.23 and 2.24).
+and with nothing else: the paired design, without choosing which trials to pair. The drift is the
+machine's, the same for all that runs at time t: what else it does, how warm it is. Two trials a
+minute apart share most of it, two that are ten minutes apart none. Conditioning is that of a
+Gaussian process (Rasmussen and Williams 2006, eq. 2.23 and 2.24).
 """
 
 from __future__ import annotations
@@ -33,9 +35,18 @@ _ERRORS: Mapping[Known, float] = {"itself": 0.07, "its method": 0.14, "nothing":
 """Standard deviation of log(measured / predicted) by what the prediction rests on. The first is
 what the embedded engine and the simulator showed (docs/concepts/tuning.md)."""
 _IDLE_ERROR = 0.4  # of that, for an arm that idles: acceptance and verifying are not in it
+_NOT_ASYNC = ("ngram", "suffix")
+"""Methods with which vLLM (0.32, on a CPU) schedules a step only when the one before is done: an
+arm that idles pays for that, and the prediction does not know how much."""
 _ERROR_SCALES = (0.6, 1.0, 1.6)
 _MACHINE_DEVIATIONS = (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1)
 _USUAL_MACHINE, _SPREAD = 0.015, 0.8  # log-normal prior of a trial's own deviation
+_LIKELY = 4.0  # of the grid, what is at least exp(-4) times as likely as the likeliest
+_DRIFTS = (0.0, 0.02, 0.04, 0.08, 0.16)
+_USUAL_DRIFT = 0.03  # mean of an exponential prior
+_DRIFT_LASTS_S = 120.0
+"""Of a drift, exp(-t / that) is left after t. On two virtual cores 2 minutes were the likeliest of
+half a minute to 15 in two searches of three and in a sweep (docs/concepts/tuning.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,8 @@ class Observed:
     """One finished trial: log goodput of ``arm`` (None: the baseline) in ``cell``.
 
     ``request_variance`` is what its choice of requests leaves uncertain once trials of the same
-    ``repeat`` are compared; what the machine adds is inferred.
+    ``repeat`` are compared; what the machine adds is inferred. ``at_s`` is the middle of the trial
+    on any clock, None where it is not known.
     """
 
     arm: str | None
@@ -61,19 +73,22 @@ class Observed:
     repeat: int
     value: float
     request_variance: float
+    at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Belief:
     """Joint normal over gains: ``mean[i, j]`` of candidate i in cell j; ``covariance`` over the
     same pairs, flattened row by row. ``machine_deviation`` is what one trial's log goodput
-    differs by for no reason of its own."""
+    differs by for no reason of its own, ``drift_deviation`` the part of it that trials close in
+    time share."""
 
     candidates: tuple[Candidate, ...]
     cells: tuple[Cell, ...]
     mean: Floats
     covariance: Floats
     machine_deviation: float
+    drift_deviation: float = 0.0
 
     @property
     def deviation(self) -> Floats:
@@ -104,16 +119,23 @@ def believe(
 ) -> Belief:
     """The belief after ``observed``.
 
-    How wrong predictions are and how much the machine varies are taken from a small grid, where
-    prior times likelihood is largest. A cell without a prediction is expected to win or lose
+    How wrong predictions are, how much the machine drifts and how much a trial varies beside that
+    are averaged over a small grid by prior times likelihood, as a mixture of normals with the
+    mixture's own mean and covariance: few trials leave open which it is, and that is part of what
+    is not known. A cell without a prediction is expected to win or lose
     nothing, give or take a third.
     """
     mean = np.array([[predicted.get((c.arm, *cell), 0.0) for cell in cells] for c in candidates])
     scale = np.array(
         [
-            _ERRORS[rests_on.get(c.family, "nothing")] * (1.0 if c.k else _IDLE_ERROR)
+            _ERRORS[rests_on.get(c.family, "nothing")]
+            * (1.0 if c.k or c.method in _NOT_ASYNC else _IDLE_ERROR)
             for c in candidates
         ]
+    )
+    # An arm that idles does what the baseline does and some more: it is expected to lose a little.
+    mean -= np.array(
+        [[error if not c.k else 0.0] for c, error in zip(candidates, scale, strict=True)]
     )
     shared = _covariance(candidates, cells, workloads, scale)
     own = _OWN_ERROR**2 * np.eye(len(shared))
@@ -125,29 +147,41 @@ def believe(
     requests = np.array([o.request_variance for o in observed])
     joint = _at(shared, shown, shown), _at(own, shown, shown)
 
-    def covariance(error: float, machine: float) -> Floats:
-        return error**2 * joint[0] + joint[1] + levels + np.diag(requests + machine**2)
+    shared_drift = _shared_drift(observed)
+    drifts = _DRIFTS if shared_drift is not None else (0.0,)
+    if shared_drift is None:
+        shared_drift = np.eye(len(observed))
 
-    best: tuple[float, float, float] | None = None
-    for error, machine in product(_ERROR_SCALES, _MACHINE_DEVIATIONS):
-        fit = _log_likelihood(residuals, covariance(error, machine))
+    def covariance(error: float, machine: float, drift: float) -> Floats:
+        own_noise = np.diag(requests + machine**2)
+        return error**2 * joint[0] + joint[1] + levels + drift**2 * shared_drift + own_noise
+
+    fits = {}
+    for error, machine, drift in product(_ERROR_SCALES, _MACHINE_DEVIATIONS, drifts):
+        fit = _log_likelihood(residuals, covariance(error, machine, drift))
         fit -= (math.log(machine / _USUAL_MACHINE) / _SPREAD) ** 2 / 2 + math.log(error) ** 2
-        if best is None or fit > best[0]:
-            best = (fit, error, machine)
-    assert best is not None  # noqa: S101 - the grid is not empty
-    _, error, machine = best
-    prior = error**2 * shared + own
-    everything = np.arange(len(prior))
-    cross = _at(prior, everything, shown)
-    gain = np.linalg.solve(covariance(error, machine), cross.T).T
-    after = mean.ravel() + gain @ residuals
-    left = prior - gain @ cross.T
+        fits[error, machine, drift] = fit - drift / _USUAL_DRIFT
+    most = max(fits.values())
+    weights = {at: math.exp(fit - most) for at, fit in fits.items() if fit > most - _LIKELY}
+    total = sum(weights.values())
+    everything = np.arange(len(shared))
+    parts = []
+    for (error, machine, drift), weight in weights.items():
+        prior = error**2 * shared + own
+        cross = _at(prior, everything, shown)
+        gain = np.linalg.solve(covariance(error, machine, drift), cross.T).T
+        parts.append((weight / total, mean.ravel() + gain @ residuals, prior - gain @ cross.T))
+    after = np.sum([weight * at for weight, at, _ in parts], axis=0)
+    left = np.sum([w * (c + np.outer(m - after, m - after)) for w, m, c in parts], axis=0)
+    drift2 = sum(weight * at[2] ** 2 for at, weight in weights.items()) / total
+    machine2 = sum(weight * at[1] ** 2 for at, weight in weights.items()) / total
     return Belief(
         tuple(candidates),
         tuple(cells),
         after.reshape(mean.shape),
         (left + left.T) / 2,
-        machine,
+        math.sqrt(machine2 + drift2),
+        math.sqrt(drift2),
     )
 
 
@@ -173,6 +207,17 @@ def _levels(observed: Sequence[Observed]) -> Floats:
     numbers: dict[tuple[Cell, int], int] = {}
     block = np.array([numbers.setdefault((o.cell, o.repeat), len(numbers)) for o in observed])
     return np.asarray(_LEVEL_VARIANCE * (block[:, None] == block))
+
+
+def _shared_drift(observed: Sequence[Observed]) -> Floats | None:
+    """How much of the machine's drift two trials share; None where a time is not known.
+
+    exp(-t / `_DRIFT_LASTS_S`): an Ornstein-Uhlenbeck process, which has no memory but its state.
+    """
+    at_s = np.array([math.nan if o.at_s is None else o.at_s for o in observed])
+    if np.isnan(at_s).any():
+        return None
+    return np.asarray(np.exp(-np.abs(at_s[:, None] - at_s) / _DRIFT_LASTS_S))
 
 
 def _log_likelihood(residuals: Floats, covariance: Floats) -> float:

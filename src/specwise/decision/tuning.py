@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -513,9 +514,20 @@ def _observed(design: StudyDesign, measured: Cells) -> list[Observed]:
                     value=value,
                     # Half of a pair's variance each, so that the pair has it all.
                     request_variance=variance / 2 + _share_variance(table),
+                    at_s=_middle_s(table),
                 )
             )
     return found
+
+
+def _middle_s(table: TrialTable) -> float | None:
+    """The middle of a trial in seconds of the wall clock; None where it has no times."""
+    try:
+        began = [datetime.fromisoformat(part.started_at).timestamp() for part in table.parts]
+    except ValueError:
+        return None
+    ended = [at + part.duration_s for at, part in zip(began, table.parts, strict=True)]
+    return (min(began) + max(ended)) / 2 if began else None
 
 
 def _bases(measured: Cells, baseline: str) -> dict[tuple[str, LoadPoint, int], TrialTable]:
