@@ -1,10 +1,10 @@
 """Random engines of known truth, for `benchmarks/tune.py`: what does tuning lose on them?
 
 Every truth is an engine (when compute binds, what a draft costs, how well two segments' drafts are
-accepted, how much a trial varies for no reason) drawn at random and played by the simulator. A
-tuning runs on it exactly as on a real one: the same design, the same choices, records instead of
-sockets. Then every arm is simulated at length without noise, and what was chosen is held against
-the best there was.
+accepted, how much a trial varies for no reason, how much the machine drifts) drawn at random and
+played by the simulator. A tuning runs on it exactly as on a real one: the same design, the same
+choices, records instead of sockets. Then every arm is simulated at length without noise, and what
+was chosen is held against the best there was.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from specwise.decision.deployment import (
     confirmation_design,
     family_standings,
     next_confirmation,
+    next_way,
     recommend,
-    to_confirm,
 )
 from specwise.decision.tuning import Next, Spent, next_pick, sweep_seconds
 from specwise.decision.verdict import Decision
@@ -83,6 +84,7 @@ draft_sampling = ["greedy"]
 """
 
 START_S = 60.0
+DRIFT_LASTS_S = 200.0  # longer than the belief takes it to last
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +135,18 @@ class TrueCosts:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """One random engine and its traffic. ``noise`` is the deviation of a trial's log pace."""
+    """One random engine and its traffic.
+
+    ``noise`` is the deviation of a trial's log pace, ``drift`` that of the machine's, which wanders
+    over minutes and is the same for all that runs at a time.
+    """
 
     costs: Mapping[str, TrueCosts]  # by method, "" the baseline's
     acceptance: Mapping[str, Mapping[str, tuple[float, ...]]]  # by method and segment
     hits: Mapping[str, float]  # by segment: share of steps in which a lookup finds something
     sizes: Mapping[str, tuple[tuple[int, int], ...]]
     noise: float
+    drift: float = 0.0
 
 
 def draw_truth(rng: np.random.Generator, *, noise: float | None = None) -> Truth:
@@ -186,8 +193,10 @@ def draw_truth(rng: np.random.Generator, *, noise: float | None = None) -> Truth
         for name in ("json", "prose")
     }
     deviation = float(np.exp(rng.uniform(np.log(0.003), np.log(0.03)))) if noise is None else noise
+    drifts = noise is None and rng.random() < 0.5
+    drift = float(np.exp(rng.uniform(np.log(0.005), np.log(0.05)))) if drifts else 0.0
     return Truth(
-        {"": plain, "draft_model": draft, "ngram": ngram}, accepted, hits, sizes, deviation
+        {"": plain, "draft_model": draft, "ngram": ngram}, accepted, hits, sizes, deviation, drift
     )
 
 
@@ -197,10 +206,20 @@ class Played:
     def __init__(self, truth: Truth, rng: np.random.Generator) -> None:
         self._truth = truth
         self._rng = rng
+        self._clock_s = 0.0
+        self._drift = rng.standard_normal()  # of `Truth.drift`
+
+    def elapse(self, seconds: float) -> None:
+        """Time passes, and the machine's pace with it: an Ornstein-Uhlenbeck process."""
+        self._clock_s += seconds
+        kept = math.exp(-seconds / DRIFT_LASTS_S)
+        fresh = math.sqrt(1 - kept**2)
+        self._drift = kept * self._drift + fresh * self._rng.standard_normal()
 
     def run(self, design: StudyDesign, trial: Trial) -> MeasuredTrial:
-        """The records of one trial, at a pace of its own."""
-        pace = math.exp(self._truth.noise * self._rng.standard_normal())
+        """The records of one trial, at the machine's pace and one of its own."""
+        noise = self._truth.noise * self._rng.standard_normal()
+        pace = math.exp(noise + self._truth.drift * self._drift)
         arm = design.arm(trial.arm)
         found = simulate_study(
             replace(design, trials=(trial,), arms=(arm,), tune=None),
@@ -210,7 +229,10 @@ class Played:
             provenance={},
             own_luck=True,
         )
-        return found.trials[0]
+        done = found.trials[0]
+        began = datetime.fromtimestamp(self._clock_s, UTC).isoformat()
+        self.elapse(seconds_of(done))
+        return replace(done, parts=tuple(replace(part, started_at=began) for part in done.parts))
 
     def long_run(self, arm: Arm, workload: Workload, load: LoadPoint, requests: int) -> float:
         """log(output tokens / request seconds) of many requests at the true pace."""
@@ -271,6 +293,7 @@ class Outcome:
     trials: int
     started: int
     noise: float
+    drift: float
 
 
 class Search:
@@ -321,8 +344,10 @@ class Search:
         """Run what is to be tried now, if anything."""
         chosen = self.next()
         if chosen.trial is not None:
-            done = self.played.run(self.design, chosen.trial)
             starts = chosen.trial.arm not in self.running
+            if starts:
+                self.played.elapse(self._start_s)
+            done = self.played.run(self.design, chosen.trial)
             self.running.add(chosen.trial.arm)
             self.trials.append(done)
             self.picks.append(
@@ -376,9 +401,10 @@ def tune_truth(
     standing = chosen.standing
     ways = family_standings(design, standing, search.measured)
     confirmations: tuple[Confirmation, ...] = ()
-    for way in to_confirm(ways, tolerance):
-        study = search.confirm(way, repeats=6, all_workloads=False)
-        confirmations += confirm(study, way.family)
+    confirming: list[StudyData] = []
+    while (way := next_way(search.study, confirming, tolerance)) is not None:
+        confirming.append(search.confirm(way, repeats=6, all_workloads=False))
+        confirmations += confirm(confirming[-1], way.family)
         if any(c.outcome == "confirmed" for c in confirmations):
             break
     answer = recommend(
@@ -410,6 +436,7 @@ def tune_truth(
         trials=len(search.trials),
         started=len(search.running),
         noise=truth.noise,
+        drift=truth.drift,
     )
 
 
@@ -463,7 +490,7 @@ def run(truths: int, first: int, processes: int) -> bool:
 
 
 def report(found: list[Outcome], seconds: float) -> bool:
-    """The bars of the issue, and what helps to read them."""
+    """The bars, and what helps to read them."""
     regrets = np.array([o.regret for o in found])
     worse = [o for o in found if o.worst_gain < math.log(0.97)]
     bars = [

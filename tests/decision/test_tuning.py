@@ -8,12 +8,14 @@ import pytest
 from benchmarks.tune_truths import Played, Search, TrueCosts, Truth, seconds_of
 
 from specwise.decision.deployment import (
+    MOST_CONFIRMATIONS,
     SCHEDULED,
     Confirmation,
     assess_tuning,
     confirm,
     confirmation_design,
     family_standings,
+    next_way,
     recommend,
     settled,
     to_confirm,
@@ -32,6 +34,7 @@ from specwise.decision.tuning import (
 from specwise.decision.verdict import Decision
 from specwise.domain import MeasuredTrial, Purpose, StudyData, StudyDesign, Trial
 from specwise.measurement.design import parse_study
+from specwise.measurement.sweep import families
 from specwise.vllm.flags import schedule_problems
 
 STUDY = """
@@ -385,10 +388,60 @@ def test_trials_that_something_slowed_do_not_mislead(tuned: Tuning) -> None:
     assert tuned.last.standing.slowed == {}
 
 
+def test_a_refused_schedule_is_composed_anew_from_what_the_confirmation_showed(
+    tuned: Tuning,
+) -> None:
+    ways = family_standings(tuned.design, tuned.last.standing, tuned.measured)
+    first = next_way(tuned.study, (), 0.02)
+    assert first == to_confirm(ways, 0.02)[0]
+    assert first.schedule is not None
+    reckless = replace(first, schedule=replace(first.schedule, rows=((1, 64, 4),)))
+    refused = tuned.confirm(reckless, repeats=4, all_workloads=False)
+    assert confirm(refused, reckless.family)[0].outcome == "refused"
+    again = next_way(tuned.study, (refused,), 0.02)
+    assert again is not None
+    assert again.family == first.family
+    assert again.schedule is not None
+    assert again.schedule.rows != reckless.schedule.rows
+    held = tuned.confirm(again, repeats=6, all_workloads=False)
+    assert confirm(held, again.family)[0].outcome != "refused"
+    assert next_way(tuned.study, (refused,) * MOST_CONFIRMATIONS, 0.02) is None
+
+
+def test_what_a_confirmation_refused_is_not_tried_again(tuned: Tuning) -> None:
+    """Trials in which the scheduled arm takes 1.1 times as long wherever it idles."""
+    first = next_way(tuned.study, (), 0.02)
+    assert first is not None
+    assert first.schedule is not None
+    study = tuned.confirm(first, repeats=4, all_workloads=False)
+    dear = tuple(
+        slowed(t, 1.1) if t.trial.arm == SCHEDULED and t.trial.load.value >= 16 else t
+        for t in study.trials
+    )
+    study = replace(study, trials=dear)
+    assert confirm(study, first.family)[0].outcome == "refused"
+    again = next_way(tuned.study, (study,), 0.02)
+    assert again is None or again.family != first.family
+
+
+def test_the_price_of_idling_is_measured_where_a_schedule_would_idle(tuned: Tuning) -> None:
+    """It never is the best arm, so nothing but the schedule asks for it."""
+    ways = family_standings(tuned.design, tuned.last.standing, tuned.measured)
+    first = to_confirm(ways, 0.02)[0]
+    assert first.schedule is not None
+    idle = next(a for a in families(tuned.design)[first.family] if a.endswith("idle"))
+    for load in tuned.design.loads:
+        arms = tuned.last.standing.cell(tuned.design.production_workload, load).arms
+        drafting = [a.gain for a in arms if a.arm.startswith("draft-k")]
+        if max(drafting) < 1:
+            assert next(a for a in arms if a.arm == idle).trials, load.label
+
+
 def test_where_nothing_pays_the_answer_is_off(hopeless: Tuning) -> None:
     tuning = hopeless
     ways = family_standings(tuning.design, tuning.last.standing, tuning.measured)
     assert to_confirm(ways, 0.02) == ()
+    assert next_way(tuning.study, (), 0.02) is None
     answer = recommend(
         tuning.design,
         tuning.last.standing,

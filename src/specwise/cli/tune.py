@@ -177,21 +177,27 @@ def _search(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
 
 
 def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool) -> None:
-    """Measure what looks best again, way by way until one holds; nothing where nothing wins."""
-    from specwise.decision.deployment import confirmation_design, to_confirm  # noqa: PLC0415
+    """Measure what looks best again, way by way until one holds; nothing where nothing wins.
 
-    if not tuned.stopped:
-        return
-    for way in to_confirm(tuned.ways, tuned.tolerance):
-        if any(c.outcome == "confirmed" for c in tuned.confirmations):
-            return
+    A confirmation that is there already is gone on with: the same trials lead to the same ways.
+    """
+    from specwise.decision.deployment import (  # noqa: PLC0415 - scipy loads here
+        confirm,
+        confirmation_design,
+        next_way,
+    )
+
+    confirming: list[StudyData] = []
+    while tuned.stopped and (way := next_way(tuned.search, confirming, tuned.tolerance)):
         design = confirmation_design(tuned.search.design, way, repeats=repeats)
         folder = confirmation_folder(path, design)
         if not quiet:
             arms = ", ".join(arm.name for arm in folder.design.arms)
             click.echo(f"\nConfirming on requests dealt anew: {arms}")
         _run_confirmation(folder, base, quiet=quiet)
-        tuned = read_tuning(path)
+        confirming.append(folder.read())
+        if any(c.outcome == "confirmed" for c in confirm(confirming[-1], way.family)):
+            return
 
 
 def confirmation_folder(path: Path, design: StudyDesign) -> StudyFolder:

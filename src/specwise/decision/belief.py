@@ -34,7 +34,7 @@ _OWN_ERROR = 0.012  # of one cell's prediction, shared with no other
 _ERRORS: Mapping[Known, float] = {"itself": 0.07, "its method": 0.14, "nothing": 0.35}
 """Standard deviation of log(measured / predicted) by what the prediction rests on. The first is
 what the embedded engine and the simulator showed (docs/concepts/tuning.md)."""
-_IDLE_ERROR = 0.4  # of that, for an arm that idles: acceptance and verifying are not in it
+_IDLE_ERROR = 0.6  # of that, for an arm that idles: acceptance and verifying are not in it
 _NOT_ASYNC = ("ngram", "suffix")
 """Methods with which vLLM (0.32, on a CPU) schedules a step only when the one before is done: an
 arm that idles pays for that, and the prediction does not know how much."""
@@ -133,10 +133,9 @@ def believe(
             for c in candidates
         ]
     )
-    # An arm that idles does what the baseline does and some more: it is expected to lose a little.
-    mean -= np.array(
-        [[error if not c.k else 0.0] for c, error in zip(candidates, scale, strict=True)]
-    )
+    for row, candidate in enumerate(candidates):
+        if not candidate.k:  # it does what the baseline does and some more: it costs a little
+            mean[row] = np.minimum(mean[row], -scale[row])
     shared = _covariance(candidates, cells, workloads, scale)
     own = _OWN_ERROR**2 * np.eye(len(shared))
     if not observed:

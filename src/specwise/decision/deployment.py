@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from specwise.analysis.cells import Cells, cells
+from specwise.analysis.cells import CellKey, Cells, TrialTable, cells
 from specwise.analysis.comparison import Effect, speedup_effects
+from specwise.analysis.sweep_forecast import k_at
 from specwise.decision.findings import counted, listed, percent
 from specwise.decision.schedule import Composed, Lengths, compose
 from specwise.decision.tuning import Spent, Standing, survey, sweep_seconds
@@ -30,6 +31,8 @@ KEPT = 0.97
 _CLEARLY = 0.98
 _ROOM = 0.95
 FEWEST_REPEATS = 2
+MOST_CONFIRMATIONS = 3
+_APART = 1000  # repeats of a confirmation start there, so that no block is the search's
 SCHEDULED = "scheduled"
 
 
@@ -169,23 +172,17 @@ def confirmation_design(
     Every workload at every load of the sweep, on requests that the search did not use (the seed is
     another). The verdict is about the largest load, which a schedule must survive.
     """
-    arms = [design.arms[0], design.arm(standing.static)]
-    if standing.schedule is not None:
-        static = design.arm(standing.static)
-        assert static.speculation is not None  # noqa: S101 - it is a candidate
-        rows = standing.schedule.rows
-        speculation = replace(static.speculation, k=max(k for _, _, k in rows), schedule=rows)
-        arms.append(Arm(SCHEDULED, speculation, static.deployment))
+    arms = (design.arms[0], *_arms_of(design, standing))
     requests = {trial.load: trial.requests for trial in design.trials}
     return replace(
         design,
         name=f"{design.name}-confirm",
         seed=design.seed + 1,
-        arms=tuple(arms),
+        arms=arms,
         experiment="",
         tune=None,
         trials=order_trials(
-            tuple(arms),
+            arms,
             design.workloads,
             design.loads,
             requests=requests,
@@ -196,14 +193,87 @@ def confirmation_design(
     )
 
 
+def _arms_of(design: StudyDesign, way: FamilyStanding) -> tuple[Arm, ...]:
+    """What is confirmed of a way to speculate: its best static arm, and its schedule if any."""
+    static = design.arm(way.static)
+    if way.schedule is None:
+        return (static,)
+    assert static.speculation is not None  # noqa: S101 - it is a candidate
+    rows = way.schedule.rows
+    speculation = replace(static.speculation, k=max(k for _, _, k in rows), schedule=rows)
+    return (static, Arm(SCHEDULED, speculation, static.deployment))
+
+
 def to_confirm(ways: Sequence[FamilyStanding], tolerance: float) -> tuple[FamilyStanding, ...]:
-    """The ways to speculate that are worth confirming, in turn until one holds; at most two.
+    """The ways to speculate that are worth confirming, the first first; at most two.
 
     Those that gain more than the tolerance, averaged over the loads; first those expected to keep
     `KEPT` of the baseline at every load, then by what they gain.
     """
     worth_it = [way for way in ways if way.gain > 1 + tolerance]
     return tuple(sorted(worth_it, key=lambda way: (way.least < KEPT, -way.gain))[:2])
+
+
+def next_way(
+    search: StudyData, confirming: Sequence[StudyData], tolerance: float, *, seed: int = 0
+) -> FamilyStanding | None:
+    """What to confirm next, after the confirmations ``confirming``; None if nothing is left.
+
+    A schedule that was refused is not the end: its trials say at which loads it loses. They join
+    those of the search, and the best draft length at each load is chosen anew. What results is
+    worth confirming if it was not tried yet, and, for a family that was, if by all that is known
+    now it keeps `KEPT` at every load. At most `MOST_CONFIRMATIONS` in all: each is one more chance
+    to be lucky.
+    """
+    if len(confirming) >= MOST_CONFIRMATIONS:
+        return None
+    design, measured = search.design, dict(cells(search))
+    for number, study in enumerate(confirming, start=1):
+        for key, tables in _as_swept(study, design, measured, number).items():
+            measured[key] = (*measured.get(key, ()), *tables)
+    ways = family_standings(design, survey(design, measured, seed=seed), measured, seed=seed)
+    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
+    tried = [study.design.arms[1:] for study in confirming]
+    families_tried = {family_of[study.design.arms[1].name] for study in confirming}
+    for way in to_confirm(ways, tolerance):
+        again = way.family in families_tried
+        if not (again and (way.least < KEPT or _arms_of(design, way) in tried)):
+            return way
+    return None
+
+
+def _as_swept(
+    study: StudyData, design: StudyDesign, measured: Cells, number: int
+) -> dict[CellKey, tuple[TrialTable, ...]]:
+    """The trials of a confirmation as trials of the sweep's own arms.
+
+    A scheduled arm is at each load the arm with the draft length that it has there. Blocks stay
+    apart from the search's: the requests are others.
+    """
+    loads = sorted(design.loads)
+    batches = dict(zip(loads, _batches(design, loads, measured), strict=True))
+    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
+    siblings = families(design)[family_of[study.design.arms[1].name]]
+    found: dict[CellKey, list[TrialTable]] = {}
+    for (arm, workload, load, purpose), tables in cells(study).items():
+        name: str | None = arm
+        if arm == SCHEDULED:
+            speculation = study.design.arm(arm).speculation
+            k = k_at(speculation, batches[load]) if speculation else 0
+            name = next((a for a in siblings if _k(design, a) == k), None)
+        if name is None:
+            continue
+        for table in tables:
+            trial = replace(
+                table.trial,
+                trial_id=f"confirm-{number}/{table.trial.trial_id}",
+                arm=name,
+                repeat=_APART * number + table.trial.repeat,
+            )
+            found.setdefault((name, workload, load, purpose), []).append(
+                replace(table, trial=trial)
+            )
+    return {key: tuple(tables) for key, tables in found.items()}
 
 
 def settled(study: StudyData) -> frozenset[LoadPoint]:

@@ -213,8 +213,10 @@ def next_pick(
     workload, one of them twice (how much the machine varies by itself), and one arm of each method
     at a light and at a medium load. Then the trial whose knowledge is worth most for each second it
     takes (see `belief.worth`). The end is the tolerance on the 95 % bound of the average regret,
-    the budget, or that no trial is left; within the tolerance, the baseline is first seen a second
-    time wherever it was seen once only, in case something had slowed that trial.
+    the budget, or that no trial is left. Within the tolerance two things are seen to first: the arm
+    that idles is tried where a schedule would need it, because it never is the best arm and yet
+    decides whether a schedule can hold; and the baseline is seen a second time wherever it was seen
+    once only, in case something had slowed that trial.
     """
     done = {t.trial.trial_id for tables in measured.values() for t in tables} | set(over)
     standing = survey(design, measured, seed=seed)
@@ -227,10 +229,9 @@ def next_pick(
     for trial, reason in _opening(design):
         if trial.trial_id not in done:
             return Next(trial, reason, "", standing)
-    again = _second_look(design, measured, done)
-    if standing.regret_bound <= tolerance and again is not None:
-        reason = "the baseline at another time: something may have slowed the only trial of it"
-        return Next(again, reason, "", standing)
+    last = _before_the_end(design, standing, measured, done)
+    if standing.regret_bound <= tolerance and last is not None:
+        return Next(*last, "", standing)
     if standing.regret_bound <= tolerance:
         reason = (
             f"the bound on the remaining regret, {percent(standing.regret_bound)}, is within the "
@@ -350,6 +351,49 @@ def _second_look(design: StudyDesign, measured: Cells, done: Collection[str]) ->
         ),
         None,
     )
+
+
+def _before_the_end(
+    design: StudyDesign, standing: Standing, measured: Cells, done: Collection[str]
+) -> tuple[Trial, str] | None:
+    """What is still to be seen once the bound is within the tolerance, and why."""
+    idle = _idle_look(design, standing, done)
+    if idle is not None:
+        return idle, f"where a schedule would not draft: what being on costs at {idle.load.label}"
+    again = _second_look(design, measured, done)
+    if again is not None:
+        return again, "the baseline at another time: something may have slowed the only trial of it"
+    return None
+
+
+def _idle_look(design: StudyDesign, standing: Standing, done: Collection[str]) -> Trial | None:
+    """A trial of the idling arm, of the family that gains most, at a load where drafting loses.
+
+    On the production workload, the largest load first; None where it ran at all of those, or no
+    family gains.
+    """
+    cells_of = [standing.cell(design.production_workload, load) for load in sorted(design.loads)]
+    best: dict[str, list[float]] = {}
+    idles: dict[str, str] = {}
+    for family, arms in families(design).items():
+        idle = [a for a in arms if not _length(design, a)]
+        if idle:
+            idles[family] = idle[0]
+            best[family] = [
+                max(math.log(a.gain) for a in cell.arms if a.arm in arms and a.arm != idle[0])
+                for cell in cells_of
+            ]
+    gains = {family: sum(max(g, 0.0) for g in held) for family, held in best.items()}
+    if not gains or max(gains.values()) <= 0:
+        return None
+    family = max(gains, key=lambda name: gains[name])
+    ran = {a.load for cell in cells_of for a in cell.arms if a.arm == idles[family] and a.trials}
+    left = _open_trials(design, done)
+    for cell, gain in zip(reversed(cells_of), reversed(best[family]), strict=True):
+        trial = left.get((idles[family], cell.workload, cell.load))
+        if gain < 0 and cell.load not in ran and trial is not None:
+            return trial
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,6 +694,8 @@ def _eliminated(belief: Belief, measured: Cells) -> tuple[Elimination, ...]:
     found = []
     variance = np.diag(belief.covariance)
     for i, candidate in enumerate(belief.candidates):
+        if not candidate.k:
+            continue  # never the best arm, but a schedule may need it
         tried = any((candidate.arm, *cell) in ran for cell in belief.cells)
         # A prediction alone must be surer: it is wrong in ways that it does not know.
         surely = 1.96 if tried else 3.0
