@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from specwise.errors import CheckpointError
 from specwise.facts import checkpoint as facts
 
-BILLIONS_AND_KV_BYTES = {  # the table: parameters in billions, KV bytes per token in BF16
+BILLIONS_AND_KV_BYTES = {  # parameters in billions, KV bytes per token in BF16
     "Llama-3.2-1B": (1.236, 32_768),
     "Llama-3.2-3B": (3.213, 114_688),
     "Llama-3.1-8B": (8.030, 131_072),
