@@ -45,8 +45,8 @@ _LIKELY = 4.0  # of the grid, what is at least exp(-4) times as likely as the li
 _DRIFTS = (0.0, 0.02, 0.04, 0.08, 0.16)
 _USUAL_DRIFT = 0.03  # mean of an exponential prior
 _DRIFT_LASTS_S = 120.0
-"""Of a drift, exp(-t / that) is left after t. On two virtual cores 2 minutes were the likeliest of
-half a minute to 15 in two searches of three and in a sweep (docs/concepts/tuning.md)."""
+"""Of a drift, exp(-t / that) is left after t. On two virtual cores one to two minutes were the
+likeliest of half a minute to 15, in a search and in a sweep (docs/concepts/tuning.md)."""
 
 
 @dataclass(frozen=True, slots=True)
