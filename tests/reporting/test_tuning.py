@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
@@ -187,15 +188,18 @@ def test_of_two_ways_the_one_that_is_recommended_is_shown(tuned: Tuned) -> None:
 
 def test_an_arm_keeps_off_by_its_whole_interval(tuned: Tuned) -> None:
     cell = tuned.confirmations[0].cells[0]
-    for judged, ratio, low, high in (
-        ("better", 0.975, 0.97, 1.2),
-        ("better", 0.98, 0.95, 1.2),
+    for judged, ratio, low_at_98, high in (
+        ("better", 0.975, 0.9701, 1.2),
+        ("better", 0.98, 0.9501, 1.2),
         ("undecided", 0.975, 0.96, 1.2),
         ("undecided", 1.05, 0.94, 1.2),
         ("worse", 0.93, 0.9, 0.969),
         ("worse", 0.95, 0.91, 0.99),
     ):
-        effect = replace(cell.to_baseline, ratio=ratio, low=low, high=high)
+        effect = replace(
+            cell.to_baseline, ratio=ratio, high=high, dof=1e6, noise_dof=0.0,
+            se_log=math.log(ratio / low_at_98) / 2.3263,
+        )  # fmt: skip
         assert holds(replace(cell, to_baseline=effect)) == judged
 
 
