@@ -135,7 +135,8 @@ class FakeVllm:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
-        if len(self.bodies) == self.goes_at:
+        last = len(self.bodies) == self.goes_at
+        if last:
             self._stop.set()
         if body.get("model") != self.model:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
@@ -145,6 +146,8 @@ class FakeVllm:
             )
         chat = request.path.endswith("chat/completions")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if last:
+            response.force_close()  # "Connection: close": the next request needs a new one
         await response.prepare(request)
         wanted, sent, histogram = int(body["max_tokens"]), 0, [0] * (len(self.conditional) + 1)
 
