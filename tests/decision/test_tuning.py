@@ -408,6 +408,21 @@ def test_a_refused_schedule_is_composed_anew_from_what_the_confirmation_showed(
     assert next_way(tuned.study, (refused,) * MOST_CONFIRMATIONS, 0.02) is None
 
 
+@pytest.mark.parametrize(
+    ("bound", "stopped", "decision"),
+    [(0.015, "tolerance", Decision.OFF), (0.06, "budget", Decision.MEASURE_MORE)],
+)
+def test_a_refusal_means_off_only_if_little_else_can_be_missed(
+    tuned: Tuning, bound: float, stopped: str, decision: Decision
+) -> None:
+    standing = replace(tuned.last.standing, regret_bound=bound)
+    ways = family_standings(tuned.design, standing, tuned.measured)
+    refused = Confirmation(ways[0].family, ways[0].static, (), ways[0].static, (), "refused", ())
+    answer = recommend(tuned.design, standing, ways, (refused,), stopped=stopped, tolerance=0.02)
+    assert answer.decision is decision
+    assert percent(bound) in " ".join((answer.headline, *answer.reasons))
+
+
 def test_what_a_confirmation_refused_is_not_tried_again(tuned: Tuning) -> None:
     """Trials in which the scheduled arm takes 1.1 times as long wherever it idles."""
     first = next_way(tuned.study, (), 0.02)

@@ -469,9 +469,8 @@ def recommend(
     """The answer of a tuning, from what was found and what was confirmed.
 
     A schedule or a static arm is only recommended if a confirmation holds. Off is said where the
-    bound is within the tolerance and no way to speculate gains more than it, or where the
-    confirmation refused what looked best; anything else is measure-more, with the bound that was
-    reached.
+    bound is within the tolerance, and no way to speculate gains more than it or the confirmation
+    refused what looked best; anything else is measure-more, with the bound that was reached.
     """
     bound = (
         f"the remaining regret is at most {percent(standing.regret_bound)} "
@@ -485,8 +484,11 @@ def recommend(
         for c in confirmations
         if c.outcome != "confirmed"
     )
-    nothing = not to_confirm(ways, tolerance) and standing.regret_bound <= tolerance
-    if nothing or (confirmations and all(c.outcome == "refused" for c in confirmations)):
+    known = standing.regret_bound <= tolerance
+    nothing = not to_confirm(ways, tolerance)
+    if known and (
+        nothing or (confirmations and all(c.outcome == "refused" for c in confirmations))
+    ):
         return Recommendation(
             Decision.OFF,
             None,
