@@ -18,7 +18,7 @@ import numpy as np
 from specwise.analysis.acceptance import counted_by_server
 from specwise.analysis.cells import Cells, TrialTable
 from specwise.analysis.extrapolation import counted_acceptance, pooled_conditional
-from specwise.analysis.steps import drafted_share, observed_steps
+from specwise.analysis.steps import LOOKUPS, drafted_share, observed_steps
 from specwise.domain import (
     AcceptanceCounts,
     Arm,
@@ -41,7 +41,6 @@ from specwise.prediction.speedup import Point, tokens_per_step
 Known = Literal["itself", "its method", "nothing"]
 ArmCell = tuple[str, str, LoadPoint]
 
-_LOOKUPS = ("ngram", "suffix")
 _MOST_REQUESTS = 256.0  # of a batch: vLLM's default max_num_seqs
 
 
@@ -309,7 +308,7 @@ def _acceptance(
                 counts = counted_by_server(pure) if pure else None
             if counts is not None and counts.steps:
                 counted.append((speculation.k, counts))
-                looked_up += own if speculation.method in _LOOKUPS else []
+                looked_up += own if speculation.method in LOOKUPS else []
         if counted:
             share = drafted_share(looked_up)
             first, *rest = pooled_conditional(counted)

@@ -23,6 +23,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from specwise.analysis.steps import LOOKUPS
 from specwise.analysis.sweep_forecast import Known
 from specwise.domain import LoadPoint, Workload
 
@@ -35,9 +36,6 @@ _ERRORS: Mapping[Known, float] = {"itself": 0.07, "its method": 0.14, "nothing":
 """Standard deviation of log(measured / predicted) by what the prediction rests on. The first is
 what the embedded engine and the simulator showed (docs/concepts/tuning.md)."""
 _IDLE_ERROR = 0.6  # of that, for an arm that idles: acceptance and verifying are not in it
-_NOT_ASYNC = ("ngram", "suffix")
-"""Methods with which vLLM (0.32, on a CPU) schedules a step only when the one before is done: an
-arm that idles pays for that, and the prediction does not know how much."""
 _ERROR_SCALES = (0.6, 1.0, 1.6)
 _MACHINE_DEVIATIONS = (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1)
 _USUAL_MACHINE, _SPREAD = 0.015, 0.8  # log-normal prior of a trial's own deviation
@@ -126,10 +124,12 @@ def believe(
     nothing, give or take a third.
     """
     mean = np.array([[predicted.get((c.arm, *cell), 0.0) for cell in cells] for c in candidates])
+    # With lookups vLLM (0.32, on a CPU) schedules a step only when the one before is done: an arm
+    # that idles pays for that, and the prediction does not know how much.
     scale = np.array(
         [
             _ERRORS[rests_on.get(c.family, "nothing")]
-            * (1.0 if c.k or c.method in _NOT_ASYNC else _IDLE_ERROR)
+            * (1.0 if c.k or c.method in LOOKUPS else _IDLE_ERROR)
             for c in candidates
         ]
     )

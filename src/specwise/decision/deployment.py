@@ -233,14 +233,19 @@ def next_way(
         for key, tables in _as_swept(study, design, measured, number).items():
             measured[key] = (*measured.get(key, ()), *tables)
     ways = family_standings(design, survey(design, measured, seed=seed), measured, seed=seed)
-    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
     tried = [study.design.arms[1:] for study in confirming]
-    families_tried = {family_of[study.design.arms[1].name] for study in confirming}
+    families_tried = {_confirmed_family(design, study) for study in confirming}
     for way in to_confirm(ways, tolerance):
         again = way.family in families_tried
         if not (again and (way.least < KEPT or _arms_of(design, way) in tried)):
             return way
     return None
+
+
+def _confirmed_family(design: StudyDesign, study: StudyData) -> str:
+    """The family of the sweep that the confirmation ``study`` is of."""
+    static = study.design.arms[1].name
+    return next(family for family, arms in families(design).items() if static in arms)
 
 
 def _as_swept(
@@ -253,8 +258,7 @@ def _as_swept(
     """
     loads = sorted(design.loads)
     batches = dict(zip(loads, _batches(design, loads, measured), strict=True))
-    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
-    siblings = families(design)[family_of[study.design.arms[1].name]]
+    siblings = families(design)[_confirmed_family(design, study)]
     found: dict[CellKey, list[TrialTable]] = {}
     for (arm, workload, load, purpose), tables in cells(study).items():
         name: str | None = arm
@@ -643,11 +647,10 @@ def assess_tuning(
         elif budget_s is not None and spent.total_s >= budget_s:
             stopped = "budget"
     ways = family_standings(design, standing, measured, seed=seed)
-    family_of = {arm: family for family, arms in families(design).items() for arm in arms}
     confirmations = tuple(
         found
         for study in confirming
-        for found in confirm(study, family_of[study.design.arms[1].name], seed=seed)
+        for found in confirm(study, _confirmed_family(design, study), seed=seed)
     )
     return Tuned(
         search=search,
