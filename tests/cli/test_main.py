@@ -77,6 +77,7 @@ def test_help_loads_nothing_heavy() -> None:
         (["decide", "none"], 3, "none is not a study folder"),
         (["report", "none"], 3, "none is not a study folder"),
         (["nonsense"], 2, "No such command 'nonsense'"),
+        (["measur"], 2, "Did you mean 'measure'?"),
     ],
 )
 def test_bad_input_is_one_clear_error(

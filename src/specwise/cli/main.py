@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 the answer is no, 2 bad input, 3 could not measure.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -62,6 +63,15 @@ class _Commands(click.Group):
             importlib.import_module(f"specwise.cli.{cmd_name}"), cmd_name
         )
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not ctx.resilient_parsing:
+            for meant in difflib.get_close_matches(args[0], known, 1):
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         for stage, commands in STAGES.items():

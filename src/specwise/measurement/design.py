@@ -149,7 +149,7 @@ def read_study_file(
     except FileNotFoundError:
         raise StudyFileError(
             f"Study file {path} does not exist.",
-            "`specwise measure --example` prints one to start from.",
+            "`specwise measure --example` or `specwise tune --example` prints one to start from.",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyFileError(f"Study file {path} cannot be read: {error}.") from error
