@@ -81,6 +81,18 @@ def test_a_tuning_from_the_study_file_to_the_command_to_serve(study: Path) -> No
     assert again.exit_code == 0
     assert json.loads(again.stdout)["recommendation"] == answer["recommendation"]
 
+    said = run("decide", "out", "--json")
+    assert said.exit_code == 0
+    assert json.loads(said.stdout)["recommendation"] == answer["recommendation"]
+
+    page = run("report", "out", "--out", "page.html")
+    assert page.exit_code == 0
+    elsewhere = (study.parent / "page.html").read_text()
+    assert 'href="out/confirm/report.html"' in elsewhere
+    assert "specwise flags --from out" in elsewhere
+    refused = run("report", "out", "--records", "csv")
+    assert "its raw records are in the studies that it holds" in str(refused.exception)
+
     rules = run("alerts", "out")
     assert rules.exit_code == 0, rules.output
     assert "groups:" in rules.stdout

@@ -37,6 +37,8 @@ def decide(
 ) -> None:
     """Should the deployment measured in STUDY speculate?
 
+    STUDY is the folder of a study or of a tuning.
+
     Says on, on with a schedule, off, or measure more, overall and for each segment, with evidence.
 
     Exit code 0: on (with or without a schedule). 1: off. 3: not decidable from what was measured.
@@ -47,7 +49,17 @@ def decide(
         decide_from_tap(tap_records, against=against, as_json=as_json)
     if study is None:
         raise click.UsageError("Give a STUDY, or --from-tap FOLDER.")
-    from specwise.decision.assessment import assess  # noqa: PLC0415 - numpy and scipy load here
+    from specwise.cli.studies import is_tuning  # noqa: PLC0415 - numpy and scipy load here
+
+    if is_tuning(study):
+        from specwise.cli.tune import read_tuning, show  # noqa: PLC0415
+
+        if explained or watched is not None:
+            raise click.UsageError(
+                "--explain and --watched are for a study: give one of those in STUDY/confirm*."
+            )
+        show(read_tuning(study), study, as_json=as_json)
+    from specwise.decision.assessment import assess  # noqa: PLC0415
     from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.decision.explanation import explain  # noqa: PLC0415
     from specwise.decision.verdict import exit_code  # noqa: PLC0415

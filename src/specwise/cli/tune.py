@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -264,34 +264,38 @@ def read_tuning(path: Path) -> Tuned:
     )
 
 
-def show(tuned: Tuned, path: Path, *, as_json: bool) -> None:
+def show(tuned: Tuned, path: Path, *, as_json: bool) -> NoReturn:
     """Write the page and the JSON of a tuning, print it, and exit by its recommendation."""
+    from specwise.decision.verdict import exit_code  # noqa: PLC0415
+    from specwise.reporting.tuning import print_tuning  # noqa: PLC0415
+
+    page = path / "report.html"
+    answer = write_answer(tuned, path, page)
+    if as_json:
+        click.echo(answer.read_bytes())
+    else:
+        print_tuning(tuned, report=page)
+    sys.exit(exit_code(tuned.recommendation.decision))
+
+
+def write_answer(tuned: Tuned, path: Path, page: Path) -> Path:
+    """Write a tuning's ``page``, the pages that it links to, and its JSON; the latter's path."""
     import orjson  # noqa: PLC0415 - what follows takes a while to load
 
     from specwise.decision.assessment import assess  # noqa: PLC0415
     from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
-    from specwise.decision.verdict import exit_code  # noqa: PLC0415
     from specwise.reporting.html import write_report  # noqa: PLC0415
     from specwise.reporting.json_export import write_json  # noqa: PLC0415
-    from specwise.reporting.tuning import (  # noqa: PLC0415
-        print_tuning,
-        tuning_to_dict,
-        write_tuning,
-    )
+    from specwise.reporting.tuning import tuning_to_dict, write_tuning  # noqa: PLC0415
 
-    for study in tuned.confirming:  # the evidence behind the answer: the page links to it
+    for study in tuned.confirming:  # the evidence behind the answer
         assessment = assess(study, gather_evidence(study))
         write_report(assessment, Path(study.folder) / "report.html")
         write_json(assessment, Path(study.folder) / "assessment.json")
-    page = path / "report.html"
     write_tuning(tuned, page)
-    answer = orjson.dumps(tuning_to_dict(tuned), option=orjson.OPT_INDENT_2)
-    (path / "tuning.json").write_bytes(answer)
-    if as_json:
-        click.echo(answer)
-    else:
-        print_tuning(tuned, report=page)
-    sys.exit(exit_code(tuned.recommendation.decision))
+    answer = path / "tuning.json"
+    answer.write_bytes(orjson.dumps(tuning_to_dict(tuned), option=orjson.OPT_INDENT_2))
+    return answer
 
 
 def _print_plan(design: StudyDesign) -> None:

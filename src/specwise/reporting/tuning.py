@@ -230,8 +230,10 @@ class _View:
         return [a for c in self.cells for a in c.arms if a.arm != baseline]
 
     def folder(self, page: Path | None) -> Path:
-        """The tuning's folder: the one that the page is in."""
-        return page.parent if page is not None else Path(self.tuned.search.folder or ".").parent
+        """The tuning's folder, which holds the search's; where it is not kept, the page's."""
+        if self.tuned.search.folder:
+            return Path(self.tuned.search.folder).parent
+        return page.parent if page is not None else Path()
 
     def next_steps(self, folder: Path) -> list[str]:
         """Commands that follow from the answer."""
@@ -255,7 +257,7 @@ class _View:
 def print_tuning(tuned: Tuned, console: Console | None = None, report: Path | None = None) -> None:
     """Print the answer, the schedule, a line for each load, what is left to lose, and what next.
 
-    ``report`` is the page's path; its folder stands in the commands that are offered.
+    ``report`` is the page's path.
     """
     _Printer(console or Console(), _View(tuned)).print_all(report)
 
