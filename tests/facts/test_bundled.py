@@ -165,6 +165,15 @@ def test_padding_costs_100_million_parameters_and_changes_no_token(padded: Path)
     assert check.largest_logit_difference < 1e-3
 
 
+def test_the_larger_padding_costs_300_million_parameters_and_changes_no_token(
+    tmp_path: Path,
+) -> None:
+    larger = padded_target(tmp_path, "300m")
+    tensors = load_bfloat16(larger / "model.safetensors")
+    assert 295e6 < sum(t.size for t in tensors.values()) < 310e6
+    assert check_padding(larger, prompts=2, max_tokens=6).same
+
+
 def test_padding_that_does_something_is_found(padded: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(padded, broken)
@@ -218,7 +227,7 @@ def test_no_room_is_one_clear_error_and_leaves_nothing(
     monkeypatch.setattr(bundled, "save_tensors", full)
     with pytest.raises(CheckpointError, match="No space left") as raised:
         padded_target(tmp_path / "full")
-    assert "250 MB" in raised.value.next_step
+    assert "256 MB" in raised.value.next_step
     assert list((tmp_path / "full").iterdir()) == []
 
 

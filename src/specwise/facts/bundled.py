@@ -2,7 +2,8 @@
 
 The trained target has 5 million parameters: cheap to ship, too cheap to serve for speculation to
 matter. :func:`padded_target` writes a copy that computes the same function at the price of a
-model of about 100 million parameters, and :func:`check_padding` proves that it is the same.
+model of about 100 (or 300) million parameters, and :func:`check_padding` proves that it is the
+same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,12 +25,11 @@ from specwise.errors import CheckpointError
 from specwise.facts.llama import Bfloat16s, ReferenceLlama, load_bfloat16, save_tensors
 
 SEGMENTS = ("json", "copy", "code", "prose")
-PADDED_NAME = "specwise-demo-target-padded-100m"
+PaddedSize = Literal["100m", "300m"]
 PADDED_LAYERS = 8
-PADDED_INTERMEDIATE = 10240
+_INTERMEDIATE: Mapping[PaddedSize, int] = {"100m": 10240, "300m": 32768}
 
 _FOLDER = Path(__file__).resolve().parents[1] / "bundled"
-_RECIPE = {"layers": PADDED_LAYERS, "intermediate": PADDED_INTERMEDIATE, "format": 1}
 _BLOCK_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
@@ -55,8 +55,8 @@ def bundled_prompts(segment: str) -> Path:
     return _FOLDER / "prompts" / f"{segment}.jsonl"
 
 
-def padded_target(folder: Path) -> Path:
-    """A copy of the bundled target that costs like 100M parameters, inside ``folder``.
+def padded_target(folder: Path, size: PaddedSize = "100m") -> Path:
+    """A copy of the bundled target that costs like ``size`` parameters, inside ``folder``.
 
     Added blocks have a zero output projection and a zero down projection, which makes each the
     identity; the trained blocks' MLPs are widened by rows that a zero down projection ignores. So
@@ -66,15 +66,16 @@ def padded_target(folder: Path) -> Path:
 
     Returns the checkpoint folder. Raises CheckpointError when it cannot be written.
     """
-    source = bundled_target()
+    source, intermediate = bundled_target(), _INTERMEDIATE[size]
+    recipe = {"layers": PADDED_LAYERS, "intermediate": intermediate, "format": 1}
     return derived_checkpoint(
         folder,
-        PADDED_NAME,
-        {"recipe": _RECIPE, "source_sha256": file_sha256(source / "model.safetensors")},
-        lambda out: _write_padded(source, out),
+        f"specwise-demo-target-padded-{size}",
+        {"recipe": recipe, "source_sha256": file_sha256(source / "model.safetensors")},
+        lambda out: _write_padded(source, out, intermediate),
         marker="padding.json",
         what="the padded target",
-        room_mb=250,
+        room_mb=intermediate // 40,  # a quarter more than bfloat16 takes
     )
 
 
@@ -168,14 +169,14 @@ def _prompt_tokens(count: int) -> list[list[int]]:
     return [tokenizer.encode(f"<|user|>{text}<|assistant|>").ids for text in contents]
 
 
-def _write_padded(source: Path, out: Path) -> None:
+def _write_padded(source: Path, out: Path, intermediate: int) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     trained_layers = config["num_hidden_layers"]
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(source / name, out / name)
     config |= {
         "num_hidden_layers": PADDED_LAYERS,
-        "intermediate_size": PADDED_INTERMEDIATE,
+        "intermediate_size": intermediate,
         "specwise_padded": (
             f"{trained_layers} trained layers; the other layers and the MLP columns beyond "
             f"{config['intermediate_size']} add cost and change nothing"
@@ -191,17 +192,17 @@ def _write_padded(source: Path, out: Path) -> None:
             if name.startswith(origin):
                 part = name.removeprefix(origin)
                 is_identity = layer >= trained_layers and part in _BLOCK_OUTPUTS
-                widened = _widened(part, np.zeros_like(tensor) if is_identity else tensor)
-                padded[f"model.layers.{layer}.{part}"] = widened
+                kept = np.zeros_like(tensor) if is_identity else tensor
+                padded[f"model.layers.{layer}.{part}"] = _widened(part, kept, intermediate)
     save_tensors(out / "model.safetensors", padded)
 
 
-def _widened(part: str, tensor: Bfloat16s) -> Bfloat16s:
+def _widened(part: str, tensor: Bfloat16s, intermediate: int) -> Bfloat16s:
     """An MLP matrix at the padded width; the added part of the down projection is zero."""
     if part in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-        return np.resize(tensor, (PADDED_INTERMEDIATE, tensor.shape[1]))
+        return np.resize(tensor, (intermediate, tensor.shape[1]))
     if part == "mlp.down_proj.weight":
-        return np.pad(tensor, ((0, 0), (0, PADDED_INTERMEDIATE - tensor.shape[1])))
+        return np.pad(tensor, ((0, 0), (0, intermediate - tensor.shape[1])))
     return tensor
 
 

@@ -259,8 +259,9 @@ class Fleet:
 def resolve_model(reference: str) -> str:
     """What vLLM can load for a model reference: a folder or a hub id, as it is, or a bundled one.
 
-    ``bundled:target`` is the demo target padded to the cost of a larger model (written to the
-    cache at first use), ``bundled:target-unpadded`` the trained one, ``bundled:draft`` its draft.
+    ``bundled:target`` is the demo target padded to the cost of 100M parameters (written to the
+    cache at first use), ``bundled:target-300m`` to that of 300M, beside which the draft is cheaper,
+    ``bundled:target-unpadded`` the trained one, ``bundled:draft`` its draft.
     Any of them with ``-int8`` or ``-int4`` at the end is its quantised copy.
     """
     if not reference.startswith("bundled:"):
@@ -270,6 +271,8 @@ def resolve_model(reference: str) -> str:
     match name.removesuffix(f"-{scheme}"):
         case "target":
             folder = padded_target(cache_folder() / "models")
+        case "target-300m":
+            folder = padded_target(cache_folder() / "models", "300m")
         case "target-unpadded":
             folder = bundled_target()
         case "draft":
@@ -277,8 +280,8 @@ def resolve_model(reference: str) -> str:
         case _:
             raise InputError(
                 f"There is no bundled model {name!r}.",
-                "Use bundled:target, bundled:target-unpadded or bundled:draft, with -int8 or "
-                "-int4 at the end for a quantised copy.",
+                "Use bundled:target, bundled:target-300m, bundled:target-unpadded or "
+                "bundled:draft, with -int8 or -int4 at the end for a quantised copy.",
             )
     if scheme is not None:
         folder = quantised_checkpoint(cache_folder() / "models", folder, scheme)
