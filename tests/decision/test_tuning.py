@@ -21,14 +21,13 @@ from specwise.decision.deployment import (
     to_confirm,
 )
 from specwise.decision.findings import percent
+from specwise.decision.observations import log_goodput
+from specwise.decision.standing import not_run, survey
 from specwise.decision.tuning import (
     USUAL_START_S,
     Spent,
-    log_goodput,
     next_pick,
-    not_run,
     probe_arms,
-    survey,
     sweep_seconds,
 )
 from specwise.decision.verdict import Decision

@@ -21,7 +21,7 @@ from specwise.decision.deployment import (
     assess_tuning,
     to_confirm,
 )
-from specwise.decision.tuning import not_run
+from specwise.decision.standing import not_run
 from specwise.decision.verdict import Decision
 from specwise.errors import StoreError
 from specwise.measurement.design import parse_study

@@ -125,7 +125,8 @@ def _with_settings(
 def _search(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
     """Run the trials that the tuner asks for, with progress on the terminal."""
     from specwise.analysis.cells import cells  # noqa: PLC0415 - scipy loads here
-    from specwise.decision.tuning import Spent, next_pick, not_run, summary_line  # noqa: PLC0415
+    from specwise.decision.standing import not_run, summary_line  # noqa: PLC0415
+    from specwise.decision.tuning import Spent, next_pick  # noqa: PLC0415
 
     design = folder.design
     settings = design.tune or TuneSettings()

@@ -20,7 +20,8 @@ from specwise.analysis.comparison import Effect, speedup_effects
 from specwise.analysis.sweep_forecast import k_at
 from specwise.decision.findings import counted, listed, percent
 from specwise.decision.schedule import Composed, Lengths, compose
-from specwise.decision.tuning import Spent, Standing, survey, sweep_seconds
+from specwise.decision.standing import Standing, length_of, survey
+from specwise.decision.tuning import Spent, sweep_seconds
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, LoadPoint, Loop, PickRecord, Purpose, StudyData, StudyDesign, Trial
 from specwise.measurement.sweep import families, is_data_parallel
@@ -73,7 +74,7 @@ def family_standings(
     found = []
     for family, arms in families(design).items():
         gains = {a: standing.belief.mean[place[a]][columns] for a in arms}
-        idle = [a for a in arms if _schedule(design, a)]
+        idle = [a for a in arms if not length_of(design, a)]
         static = max((a for a in arms if a not in idle), key=lambda a: float(gains[a].mean()))
         static_gain = math.exp(float(gains[static].mean()))
         composed, note = None, ""
@@ -81,8 +82,8 @@ def family_standings(
             composed = compose(
                 Lengths(
                     batches=_batches(design, loads, measured),
-                    gains={_k(design, a): gains[a].tolist() for a in arms},
-                    draws={_k(design, a): draws[:, 1 + place[a]][:, columns] for a in arms},
+                    gains={length_of(design, a): gains[a].tolist() for a in arms},
+                    draws={length_of(design, a): draws[:, 1 + place[a]][:, columns] for a in arms},
                 )
             )
             if len(set(composed.lengths)) == 1:
@@ -113,7 +114,7 @@ def _least(
 ) -> float:
     if composed is None:
         return math.exp(float(gains[static].min()))
-    by_k = {_k(design, arm): values for arm, values in gains.items()}
+    by_k = {length_of(design, arm): values for arm, values in gains.items()}
     return math.exp(min(float(by_k[k][j]) for j, k in enumerate(composed.lengths)))
 
 
@@ -124,16 +125,6 @@ def no_schedule_reason(design: StudyDesign, family: str) -> str:
         return "vLLM ignores a schedule with data parallelism"
     method = arm.speculation.method if arm.speculation else ""
     return f"this vLLM takes no schedule with {method}"
-
-
-def _k(design: StudyDesign, arm: str) -> int:
-    speculation = design.arm(arm).speculation
-    return 0 if speculation is None or speculation.schedule else speculation.k
-
-
-def _schedule(design: StudyDesign, arm: str) -> bool:
-    speculation = design.arm(arm).speculation
-    return speculation is not None and bool(speculation.schedule)
 
 
 def _batches(design: StudyDesign, loads: Sequence[LoadPoint], measured: Cells) -> tuple[int, ...]:
@@ -265,7 +256,7 @@ def _as_swept(
         if arm == SCHEDULED:
             speculation = study.design.arm(arm).speculation
             k = k_at(speculation, batches[load]) if speculation else 0
-            name = next((a for a in siblings if _k(design, a) == k), None)
+            name = next((a for a in siblings if length_of(design, a) == k), None)
         if name is None:
             continue
         for table in tables:
@@ -547,7 +538,7 @@ def _routing(design: StudyDesign, standing: Standing, confirmations: Sequence[Co
     found: dict[str, list[str]] = {}
     gains: dict[str, float] = {}
     ran = {a.arm for c in standing.cells for a in c.arms if a.trials}
-    for name in [a for arms in families(design).values() for a in arms if not _schedule(design, a)]:
+    for name in [a for arms in families(design).values() for a in arms if length_of(design, a)]:
         for segment in design.segments:
             cells_of = [c for c in standing.cells if c.workload == segment.name]
             own_arm = [a for c in cells_of for a in c.arms if a.arm == name]

@@ -2,8 +2,8 @@
 
 A tuning is a study whose design is the exhaustive sweep and whose next trial is chosen when the
 last has ended: where what is not known yet costs most goodput for each second of measuring, server
-starts included. `next_pick` chooses; `survey` says what is known, what is ruled out and what
-choosing now may still lose. Both are pure: the same trials, the same answer.
+starts included. `standing.survey` says what is known, what is ruled out and what choosing now may
+still lose; `next_pick` chooses. Pure: the same trials, the same answer.
 """
 
 from __future__ import annotations
@@ -12,104 +12,26 @@ import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
-import numpy as np
-from numpy.typing import NDArray
-
-from specwise.analysis.cells import Cells, TrialTable
-from specwise.analysis.steps import slowed_trials
-from specwise.analysis.sweep_forecast import SweepForecast, forecast_sweep
-from specwise.decision.belief import (
-    Belief,
-    Candidate,
-    Cell,
-    Observed,
-    Regret,
-    believe,
-    regret,
-    worth,
+from specwise.analysis.cells import Cells
+from specwise.decision.belief import Belief, Cell, worth
+from specwise.decision.findings import percent
+from specwise.decision.observations import Floats, expected_variances
+from specwise.decision.standing import (
+    CellStanding,
+    Standing,
+    length_of,
+    method_of,
+    speculation_of,
+    survey,
+    without,
 )
-from specwise.decision.findings import listed, percent
-from specwise.domain import LoadPoint, PickRecord, Purpose, Speculation, StudyDesign, Trial
+from specwise.domain import LoadPoint, PickRecord, Purpose, StudyDesign, Trial
 from specwise.measurement.sweep import families
-
-Floats = NDArray[np.float64]
 
 USUAL_START_S = 60.0
 _USUAL_TRIAL_S = 10.0
 _TRIALS_A_START = 3  # a server is started for about that many trials: its start is shared by them
-_SHRUNK_BY = 6.0  # requests that the pooled variance counts for beside a trial's own
-
-
-@dataclass(frozen=True, slots=True)
-class ArmStanding:
-    """One arm in one cell: its goodput over the baseline's, with the 95 % interval of the belief.
-
-    ``gain``, ``low`` and ``high`` rest on the prediction and all trials; ``predicted`` on the
-    prediction alone (NaN: there is none), ``trials`` of which this cell has. ``best_probability``
-    is the chance that no other arm is better here.
-    """
-
-    arm: str
-    workload: str
-    load: LoadPoint
-    gain: float
-    low: float
-    high: float
-    trials: int
-    predicted: float
-    best_probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class CellStanding:
-    """One workload at one load: the arm to choose, and what choosing it may lose.
-
-    ``regret`` is expected, ``regret_bound`` holds with 95 %: shares of goodput. ``arms`` are all,
-    the baseline among them, the best first.
-    """
-
-    workload: str
-    load: LoadPoint
-    best: str
-    regret: float
-    regret_bound: float
-    arms: tuple[ArmStanding, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Elimination:
-    """An arm that is worse than another in every cell. ``measured`` says that it ran at all."""
-
-    arm: str
-    reason: str
-    measured: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What is known of a sweep after some of its trials.
-
-    ``regret`` and ``regret_bound`` are averages over the cells: what is lost, expected and with
-    95 %, if the best arm so far is chosen in each. ``belief`` is what they are computed from, all
-    trials but the ``slowed`` ones (see `slowed_trials`).
-    """
-
-    cells: tuple[CellStanding, ...]
-    eliminated: tuple[Elimination, ...]
-    regret: float
-    regret_bound: float
-    belief: Belief
-    forecast: SweepForecast
-    slowed: Mapping[str, float]
-
-    def cell(self, workload: str, load: LoadPoint) -> CellStanding:
-        """That cell; KeyError if the sweep has none."""
-        for cell in self.cells:
-            if (cell.workload, cell.load) == (workload, load):
-                return cell
-        raise KeyError(f"{workload} at {load.label}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,53 +69,6 @@ class Spent:
     def start_s(self) -> float:
         """What starting one more server is expected to take."""
         return statistics.fmean(self.starts) if self.starts else USUAL_START_S
-
-
-def survey(
-    design: StudyDesign, measured: Cells, *, seed: int = 0, forecast: SweepForecast | None = None
-) -> Standing:
-    """What the complete trials in ``measured`` say of every arm in every cell of ``design``.
-
-    ``forecast`` may be given where the caller has it already.
-    """
-    by_family = families(design)
-    slowed = slowed_trials(measured)
-    measured = _without(measured, slowed)
-    if forecast is None:
-        forecast = forecast_sweep(design, measured, by_family)
-    cells = tuple((w.name, load) for w in design.workloads for load in design.loads)
-    candidates = tuple(
-        Candidate(arm, family, _method(design, arm), _length(design, arm))
-        for family, arms in by_family.items()
-        for arm in arms
-    )
-    belief = believe(
-        candidates,
-        cells,
-        workloads={w.name: w for w in design.workloads},
-        predicted=forecast.log_gain,
-        rests_on=forecast.rests_on,
-        observed=_observed(design, measured),
-    )
-    found = regret(belief, np.random.default_rng([seed, len(cells)]))
-    standing_cells = _cell_standings(design, measured, belief, found, forecast)
-    return Standing(
-        cells=standing_cells,
-        eliminated=_eliminated(belief, measured),
-        regret=found.mean,
-        regret_bound=found.mean_bound,
-        belief=belief,
-        forecast=forecast,
-        slowed=slowed,
-    )
-
-
-def _without(measured: Cells, slowed: Collection[str]) -> Cells:
-    kept = {
-        key: tuple(t for t in tables if t.trial.trial_id not in slowed)
-        for key, tables in measured.items()
-    }
-    return {key: tables for key, tables in kept.items() if tables}
 
 
 def next_pick(
@@ -238,11 +113,11 @@ def next_pick(
             f"tolerance of {percent(tolerance)}"
         )
         return Next(None, reason, "tolerance", standing)
-    kept = _without(measured, standing.slowed)
+    kept = without(measured, standing.slowed)
     clock = _Clock(design, kept, spent, standing.belief)
     chosen = _most_worth(
         standing,
-        worth(standing.belief, _expected_variances(design, kept, standing.belief)),
+        worth(standing.belief, expected_variances(design, kept, standing.belief)),
         _open_trials(design, done | _beside_slowed(design, standing.slowed)),
         clock,
         running,
@@ -281,9 +156,9 @@ def probe_arms(design: StudyDesign) -> tuple[str, ...]:
     """
     found: dict[tuple[str, str | None], str] = {}
     for arms in families(design).values():
-        static = [a for a in arms if not _speculation(design, a).schedule]
-        middle = min(static, key=lambda a: (abs(_speculation(design, a).k - 3), a))
-        speculation = _speculation(design, middle)
+        static = [a for a in arms if not speculation_of(design, a).schedule]
+        middle = min(static, key=lambda a: (abs(speculation_of(design, a).k - 3), a))
+        speculation = speculation_of(design, middle)
         found.setdefault((speculation.method, speculation.draft), middle)
     return tuple(found.values())
 
@@ -309,7 +184,7 @@ def _opening(design: StudyDesign) -> list[tuple[Trial, str]]:
     named = {name for name, _ in design.workload(production).shares}
     apart = [w.name for w in design.workloads if any(name not in named for name, _ in w.shares)]
     for arm in probe_arms(design):
-        reason = f"the costs and the acceptance of {_method(design, arm)}"
+        reason = f"the costs and the acceptance of {method_of(design, arm)}"
         wanted += [
             (arm, production, load, Purpose.MEASURE, reason)
             for load in dict.fromkeys((light, medium))
@@ -376,7 +251,7 @@ def _idle_look(design: StudyDesign, standing: Standing, done: Collection[str]) -
     best: dict[str, list[float]] = {}
     idles: dict[str, str] = {}
     for family, arms in families(design).items():
-        idle = [a for a in arms if not _length(design, a)]
+        idle = [a for a in arms if not length_of(design, a)]
         if idle:
             idles[family] = idle[0]
             best[family] = [
@@ -495,256 +370,3 @@ class _Clock:
             return base
         gain = self._belief.mean[self._place[arm], self._belief.cells.index(cell)]
         return float(base / math.exp(gain))
-
-
-# ---------------------------------------------------------------------------------------------
-# What trials show
-
-
-def _speculation(design: StudyDesign, arm: str) -> Speculation:
-    speculation = design.arm(arm).speculation
-    assert speculation is not None  # noqa: S101 - families are of speculating arms
-    return speculation
-
-
-def _method(design: StudyDesign, arm: str) -> str:
-    return str(_speculation(design, arm).method)
-
-
-def _length(design: StudyDesign, arm: str) -> int:
-    """Its k; 0 for the arm that idles."""
-    speculation = _speculation(design, arm)
-    return 0 if speculation.schedule else int(speculation.k)
-
-
-def log_goodput(table: TrialTable) -> float:
-    """log(output tokens / request seconds) + log(share of requests that meet the SLO).
-
-    In a closed loop of c clients goodput is c / (mean request time) x (share that meets it), so
-    the difference of two arms is that of their log goodputs. In an open loop all arms are offered
-    the same; the first term then ranks what the second leaves equal. NaN if no request ended OK.
-    """
-    seconds = float(np.nansum(table.e2e_s[table.ok]))
-    tokens = float(np.nansum(table.output_tokens[table.ok]))
-    if not (seconds > 0 and tokens > 0):
-        return math.nan
-    share = max(float(table.meets_slo.mean()), 0.5 / len(table.meets_slo))
-    return math.log(tokens / seconds) + math.log(share)
-
-
-def _observed(design: StudyDesign, measured: Cells) -> list[Observed]:
-    baseline = design.arms[0].name
-    bases = _bases(measured, baseline)
-    pooled = _pooled_variance(measured, bases, baseline)
-    found = []
-    for (arm, workload, load, purpose), tables in measured.items():
-        for table in tables:
-            value = log_goodput(table)
-            if math.isnan(value):
-                continue
-            base = bases.get((workload, load, table.trial.repeat))
-            is_baseline = arm == baseline
-            if is_baseline and purpose is Purpose.MEASURE:
-                variance = pooled / len(table.index)
-            elif base is None:
-                variance = 2 * pooled / len(table.index)
-            else:
-                variance = _shrunk(_pair_residuals(base, table), pooled)
-            found.append(
-                Observed(
-                    arm=None if is_baseline else arm,
-                    cell=(workload, load),
-                    repeat=table.trial.repeat,
-                    value=value,
-                    # Half of a pair's variance each, so that the pair has it all.
-                    request_variance=variance / 2 + _share_variance(table),
-                    at_s=_middle_s(table),
-                )
-            )
-    return found
-
-
-def _middle_s(table: TrialTable) -> float | None:
-    """The middle of a trial in seconds of the wall clock; None where it has no times."""
-    try:
-        began = [datetime.fromisoformat(part.started_at).timestamp() for part in table.parts]
-    except ValueError:
-        return None
-    ended = [at + part.duration_s for at, part in zip(began, table.parts, strict=True)]
-    return (min(began) + max(ended)) / 2 if began else None
-
-
-def _bases(measured: Cells, baseline: str) -> dict[tuple[str, LoadPoint, int], TrialTable]:
-    return {
-        (workload, load, table.trial.repeat): table
-        for (arm, workload, load, purpose), tables in measured.items()
-        if arm == baseline and purpose is Purpose.MEASURE
-        for table in tables
-    }
-
-
-def _pair_residuals(base: TrialTable, table: TrialTable) -> Floats:
-    """What each request contributes to the log ratio of time per token, beyond the ratio itself.
-
-    Linearised (the delta method): u = (e - R t) / mean(e) of each arm, R = sum e / sum t, with
-    time e and tokens t; their variance over requests / n is the log ratio's.
-    """
-    _, a, b = np.intersect1d(base.index[base.ok], table.index[table.ok], return_indices=True)
-    rows = [(base, np.flatnonzero(base.ok)[a]), (table, np.flatnonzero(table.ok)[b])]
-    residuals = []
-    for of, chosen in rows:
-        seconds, tokens = of.e2e_s[chosen], of.output_tokens[chosen]
-        known = np.isfinite(seconds) & np.isfinite(tokens)
-        if not known.any():
-            return np.zeros(0)
-        ratio = seconds[known].sum() / tokens[known].sum()
-        residuals.append(np.where(known, (seconds - ratio * tokens) / seconds[known].mean(), 0.0))
-    return np.asarray(residuals[1] - residuals[0])
-
-
-def _pooled_variance(
-    measured: Cells, bases: Mapping[tuple[str, LoadPoint, int], TrialTable], baseline: str
-) -> float:
-    """Variance of a request's residual, over all pairs of trials that there are."""
-    squares, count = 0.0, 0
-    for (arm, workload, load, _), tables in measured.items():
-        for table in tables if arm != baseline else ():
-            base = bases.get((workload, load, table.trial.repeat))
-            if base is not None:
-                residuals = _pair_residuals(base, table)
-                squares += float((residuals**2).sum())
-                count += max(len(residuals) - 1, 0)
-    return squares / count if count else 0.05
-
-
-def _shrunk(residuals: Floats, pooled: float) -> float:
-    """A trial's variance of the log ratio: its own requests', drawn to the pool's by few."""
-    n = max(len(residuals), 1)
-    each = (float((residuals**2).sum()) + _SHRUNK_BY * pooled) / (n - 1 + _SHRUNK_BY)
-    return each / n
-
-
-def _share_variance(table: TrialTable) -> float:
-    """Variance of log(share that meets the SLO): (1 - p) / (n p), binomial."""
-    n = len(table.meets_slo)
-    share = max(float(table.meets_slo.mean()), 0.5 / n)
-    return (1 - share) / (n * share)
-
-
-def _expected_variances(design: StudyDesign, measured: Cells, belief: Belief) -> Floats:
-    """The request variance that a trial of each pair would have, against its baseline."""
-    baseline = design.arms[0].name
-    pooled = _pooled_variance(measured, _bases(measured, baseline), baseline)
-    requests = {trial.load: trial.requests for trial in design.trials}
-    row = np.array([pooled / requests[load] for _, load in belief.cells])
-    return np.broadcast_to(row, belief.mean.shape)
-
-
-# ---------------------------------------------------------------------------------------------
-# What is known
-
-
-def _cell_standings(
-    design: StudyDesign,
-    measured: Cells,
-    belief: Belief,
-    found: Regret,
-    forecast: SweepForecast,
-) -> tuple[CellStanding, ...]:
-    names = [design.arms[0].name, *(c.arm for c in belief.candidates)]
-    deviation = np.vstack([np.zeros(len(belief.cells)), belief.deviation])
-    mean = np.vstack([np.zeros(len(belief.cells)), belief.mean])
-    best = belief.best()
-    standings = []
-    for j, (workload, load) in enumerate(belief.cells):
-        arms = [
-            ArmStanding(
-                arm=name,
-                workload=workload,
-                load=load,
-                gain=math.exp(mean[i, j]),
-                low=math.exp(mean[i, j] - 1.96 * deviation[i, j]),
-                high=math.exp(mean[i, j] + 1.96 * deviation[i, j]),
-                trials=len(measured.get((name, workload, load, Purpose.MEASURE), ())),
-                predicted=1.0
-                if i == 0
-                else math.exp(forecast.log_gain.get((name, workload, load), math.nan)),
-                best_probability=float(found.best_probability[i, j]),
-            )
-            for i, name in enumerate(names)
-        ]
-        standings.append(
-            CellStanding(
-                workload=workload,
-                load=load,
-                best=names[best[j]],
-                regret=float(found.expected[j]),
-                regret_bound=float(found.bound[j]),
-                arms=tuple(sorted(arms, key=lambda a: -a.gain)),
-            )
-        )
-    return tuple(standings)
-
-
-def _eliminated(belief: Belief, measured: Cells) -> tuple[Elimination, ...]:
-    """Arms whose paired interval against the best arm lies below it in every cell (97.5 %)."""
-    columns = len(belief.cells)
-    best = belief.best()
-    ran = {(arm, workload, load) for arm, workload, load, _ in measured}
-    found = []
-    variance = np.diag(belief.covariance)
-    for i, candidate in enumerate(belief.candidates):
-        if not candidate.k:
-            continue  # never the best arm, but a schedule may need it
-        tried = any((candidate.arm, *cell) in ran for cell in belief.cells)
-        # A prediction alone must be surer: it is wrong in ways that it does not know.
-        surely = 1.96 if tried else 3.0
-        behind = np.zeros(columns)
-        reach = np.zeros(columns)
-        for j in range(columns):
-            own = i * columns + j
-            if best[j] == 0:
-                behind[j], spread = belief.mean[i, j], variance[own]
-            else:
-                other = (best[j] - 1) * columns + j
-                behind[j] = belief.mean[i, j] - belief.mean[best[j] - 1, j]
-                spread = variance[own] + variance[other] - 2 * belief.covariance[own, other]
-            reach[j] = behind[j] + surely * math.sqrt(max(spread, 0.0))
-        if (best == i + 1).any() or reach.max() >= 0:
-            continue
-        nearest = int(np.argmax(reach))
-        workload, load = belief.cells[nearest]
-        rival = "the baseline" if best[nearest] == 0 else belief.candidates[best[nearest] - 1].arm
-        found.append(
-            Elimination(
-                candidate.arm,
-                f"worse in every cell; nearest on {workload} at {load.label}, "
-                f"{math.exp(behind[nearest]):.2f}x of {rival}, at most "
-                f"{math.exp(reach[nearest]):.2f}x"
-                + ("" if tried else " (predicted: it was not run)"),
-                tried,
-            )
-        )
-    return tuple(found)
-
-
-def not_run(
-    design: StudyDesign, standing: Standing, reason: str, done: Collection[str]
-) -> dict[str, str]:
-    """Why each trial that was not run need not be, by id."""
-    why = {e.arm: f"{e.arm} is ruled out: {e.reason}" for e in standing.eliminated}
-    return {
-        trial.trial_id: why.get(trial.arm, reason)
-        for trial in design.trials
-        if trial.trial_id not in done
-    }
-
-
-def summary_line(standing: Standing, design: StudyDesign) -> str:
-    """The best arm at each load of the production workload, and the bound, for the terminal."""
-    chosen = [
-        f"{cell.load.label} {cell.best} {cell.arms[0].gain:.2f}x"
-        for cell in standing.cells
-        if cell.workload == design.production_workload
-    ]
-    return f"best so far: {listed(chosen)}; at most {percent(standing.regret_bound)} to lose"

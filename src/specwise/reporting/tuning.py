@@ -31,7 +31,8 @@ from specwise.decision.deployment import (
     slower,
 )
 from specwise.decision.findings import counted, listed
-from specwise.decision.tuning import ArmStanding, CellStanding, Spent, Standing
+from specwise.decision.standing import ArmStanding, CellStanding, Standing
+from specwise.decision.tuning import Spent
 from specwise.decision.verdict import Decision
 from specwise.domain import Arm, LoadPoint, PickRecord, Trial
 from specwise.measurement.sweep import families

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from specwise.decision.deployment import KEPT, ConfirmedLoad
-from specwise.decision.tuning import ArmStanding
+from specwise.decision.standing import ArmStanding
 from specwise.domain import LoadPoint
 from specwise.reporting.figures import (
     ArmStyle,
