@@ -11,6 +11,7 @@ from specwise.decision.deployment import (
     MOST_CONFIRMATIONS,
     SCHEDULED,
     Confirmation,
+    FamilyStanding,
     assess_tuning,
     confirm,
     confirmation_design,
@@ -423,19 +424,49 @@ def test_a_refusal_means_off_only_if_little_else_can_be_missed(
 
 
 def test_what_a_confirmation_refused_is_not_tried_again(tuned: Tuning) -> None:
-    """Trials in which the scheduled arm takes 1.1 times as long wherever it idles."""
+    """Trials in which the scheduled arm takes 1.1 times as long where drafting does not pay."""
+
+    def refused(way: FamilyStanding) -> StudyData:
+        study = tuned.confirm(way, repeats=4, all_workloads=False)
+        dear = tuple(
+            slowed(t, 1.1) if t.trial.arm == SCHEDULED and t.trial.load.value >= 16 else t
+            for t in study.trials
+        )
+        study = replace(study, trials=dear)
+        assert confirm(study, way.family)[0].outcome == "refused"
+        return study
+
     first = next_way(tuned.study, (), 0.02)
     assert first is not None
+    studies = [refused(first)]
+    second = next_way(tuned.study, studies, 0.02)
+    assert second is not None
+    assert second.schedule is not None
+    assert second.schedule.lengths[-1] == 0  # it drafted there, and idling was hardly tried
+    studies.append(refused(second))
+    last = next_way(tuned.study, studies, 0.02)
+    assert last is None or last.family != first.family
+
+
+def test_one_odd_trial_of_the_idling_arm_does_not_end_the_search_for_a_schedule(
+    tuned: Tuning,
+) -> None:
+    """Drafting was refused where idling ran once, in a minute in which it looked a third slower."""
+    idle = [t for t in tuned.study.trials if t.trial.arm == "draft-idle"]
+    assert len({t.trial.load for t in idle}) == len(idle) > 0
+    odd = tuple(slowed(t, 1.35) if t.trial.arm == "draft-idle" else t for t in tuned.study.trials)
+    search = replace(tuned.study, trials=odd)
+    first = next_way(search, (), 0.02)
+    assert first is not None
     assert first.schedule is not None
-    study = tuned.confirm(first, repeats=4, all_workloads=False)
-    dear = tuple(
-        slowed(t, 1.1) if t.trial.arm == SCHEDULED and t.trial.load.value >= 16 else t
-        for t in study.trials
-    )
-    study = replace(study, trials=dear)
-    assert confirm(study, first.family)[0].outcome == "refused"
-    again = next_way(tuned.study, (study,), 0.02)
-    assert again is None or again.family != first.family
+    reckless = replace(first, schedule=replace(first.schedule, rows=((1, 1024, 4),)))
+    refused = tuned.confirm(reckless, repeats=4, all_workloads=False)
+    assert confirm(refused, reckless.family)[0].outcome == "refused"
+    again = next_way(search, (refused,), 0.02)
+    assert again is not None
+    assert again.family == first.family
+    assert again.schedule is not None
+    assert again.schedule.lengths[-1] == 0
 
 
 def test_the_price_of_idling_is_measured_where_a_schedule_would_idle(tuned: Tuning) -> None:

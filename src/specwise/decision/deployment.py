@@ -8,7 +8,7 @@ measured again, on requests that chose nothing, beside the baseline and the best
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,6 +34,7 @@ _ROOM = 0.95
 _SURELY = 0.98
 FEWEST_REPEATS = 2
 MOST_CONFIRMATIONS = 3
+_RULED_OUT = 1.0  # in log goodput: more than any draft length gains over idling
 _APART = 1000  # repeats of a confirmation start there, so that no block is the search's
 SCHEDULED = "scheduled"
 
@@ -64,9 +65,18 @@ class FamilyStanding:
 
 
 def family_standings(
-    design: StudyDesign, standing: Standing, measured: Cells, *, seed: int = 0
+    design: StudyDesign,
+    standing: Standing,
+    measured: Cells,
+    *,
+    seed: int = 0,
+    idling: Collection[tuple[str, LoadPoint]] = (),
 ) -> tuple[FamilyStanding, ...]:
-    """Every family of the sweep on the production workload, the best first."""
+    """Every family of the sweep on the production workload, the best first.
+
+    At the loads in ``idling`` the schedule of that family does not draft, whatever is believed of
+    it, and ``least`` leaves them out.
+    """
     draws = standing.belief.draws(1000, np.random.default_rng([seed, 5]))
     loads = sorted(design.loads)
     columns = [standing.belief.cells.index((design.production_workload, load)) for load in loads]
@@ -78,12 +88,18 @@ def family_standings(
         static = max((a for a in arms if a not in idle), key=lambda a: float(gains[a].mean()))
         static_gain = math.exp(float(gains[static].mean()))
         composed, note = None, ""
+        ruled_out = np.array([_RULED_OUT if (family, load) in idling else 0.0 for load in loads])
         if idle:
+            # Subtracted from every length but k = 0.
+            less = {a: ruled_out * bool(length_of(design, a)) for a in arms}
             composed = compose(
                 Lengths(
                     batches=_batches(design, loads, measured),
-                    gains={length_of(design, a): gains[a].tolist() for a in arms},
-                    draws={length_of(design, a): draws[:, 1 + place[a]][:, columns] for a in arms},
+                    gains={length_of(design, a): (gains[a] - less[a]).tolist() for a in arms},
+                    draws={
+                        length_of(design, a): draws[:, 1 + place[a]][:, columns] - less[a]
+                        for a in arms
+                    },
                 )
             )
             if len(set(composed.lengths)) == 1:
@@ -98,7 +114,7 @@ def family_standings(
                 static_gain=static_gain,
                 schedule=composed,
                 scheduled_gain=math.exp(composed.gain) if composed else math.nan,
-                least=_least(design, composed, {a: gains[a] for a in arms}, static),
+                least=_least(design, composed, gains, static, ruled_out > 0),
                 idle_price=_idle_price(standing, design, idle[0], loads) if idle else (),
                 note=note,
             )
@@ -111,11 +127,13 @@ def _least(
     composed: Composed | None,
     gains: Mapping[str, NDArray[np.float64]],
     static: str,
+    left_out: NDArray[np.bool_],
 ) -> float:
     if composed is None:
         return math.exp(float(gains[static].min()))
     by_k = {length_of(design, arm): values for arm, values in gains.items()}
-    return math.exp(min(float(by_k[k][j]) for j, k in enumerate(composed.lengths)))
+    held = [float(by_k[k][j]) for j, k in enumerate(composed.lengths) if not left_out[j]]
+    return math.exp(min(held, default=0.0))
 
 
 def no_schedule_reason(design: StudyDesign, family: str) -> str:
@@ -214,8 +232,9 @@ def next_way(
     A schedule that was refused is not the end: its trials say at which loads it loses. They join
     those of the search, and the best draft length at each load is chosen anew. What results is
     worth confirming if it was not tried yet, and, for a family that was, if by all that is known
-    now it keeps `KEPT` at every load. At most `MOST_CONFIRMATIONS` in all: each is one more chance
-    to be lucky.
+    now it keeps `KEPT` at every load. Where drafting was refused and idling ran at most once, that
+    is not known: one trial may have met an odd minute, and idling is all that is left. At most
+    `MOST_CONFIRMATIONS` in all: each is one more chance to be lucky.
     """
     if len(confirming) >= MOST_CONFIRMATIONS:
         return None
@@ -223,7 +242,13 @@ def next_way(
     for number, study in enumerate(confirming, start=1):
         for key, tables in _as_swept(study, design, measured, number).items():
             measured[key] = (*measured.get(key, ()), *tables)
-    ways = family_standings(design, survey(design, measured, seed=seed), measured, seed=seed)
+    ways = family_standings(
+        design,
+        survey(design, measured, seed=seed),
+        measured,
+        seed=seed,
+        idling=_left_to_idle(design, confirming, measured),
+    )
     tried = [study.design.arms[1:] for study in confirming]
     families_tried = {_confirmed_family(design, study) for study in confirming}
     for way in to_confirm(ways, tolerance):
@@ -231,6 +256,34 @@ def next_way(
         if not (again and (way.least < KEPT or _arms_of(design, way) in tried)):
             return way
     return None
+
+
+def _left_to_idle(
+    design: StudyDesign, confirming: Sequence[StudyData], measured: Cells
+) -> set[tuple[str, LoadPoint]]:
+    """Families and loads where a schedule that drafts was refused and idling is hardly known.
+
+    None of a schedule that was refused where it idled, too: then idling is known to cost too much.
+    """
+    loads, production = sorted(design.loads), design.production_workload
+    batches = dict(zip(loads, _batches(design, loads, measured), strict=True))
+    found: set[tuple[str, LoadPoint]] = set()
+    for study in confirming:
+        family, arm = _confirmed_family(design, study), study.design.arms[-1]
+        idle = next((a for a in families(design)[family] if not length_of(design, a)), None)
+        if idle is None or arm.name != SCHEDULED or arm.speculation is None:
+            continue
+        effects = _by_cell(speedup_effects(cells(study), design.arms[0].name), SCHEDULED)
+        lost = [
+            load for (workload, load), e in effects.items() if workload == production and slower(e)
+        ]
+        if all(k_at(arm.speculation, batches[load]) for load in lost):
+            ran = {
+                load: len(measured.get((idle, production, load, Purpose.MEASURE), ()))
+                for load in lost
+            }
+            found |= {(family, load) for load in lost if ran[load] < FEWEST_REPEATS}
+    return found
 
 
 def _confirmed_family(design: StudyDesign, study: StudyData) -> str:
