@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tests.analysis.known_truth import World, simulate, true_ratios
 
-from specwise.analysis.comparison import compare
+from specwise.analysis.comparison import compare, speedup_effects
 from specwise.analysis.crossover import find_crossovers
 from specwise.analysis.latency import summarise
 from specwise.decision.conditions import check_conditions
@@ -48,6 +48,14 @@ WORLDS = {
     "twice: 2 arms, 1 mix, 2 x 64": World({"draft": _MIX}, requests=64, pure=False),
     "large: 2 arms, 3 workloads, 4 x 100": World({"draft": _MIX}, repeats=4, requests=100),
 }
+_UNEVEN = "uneven: 2 arms, 1 mix, 3 loads, 2 x 12 to 192"
+WORLDS[_UNEVEN] = World(
+    {"draft": {"json": dict.fromkeys((1, 4, 16), 0.1), "prose": dict.fromkeys((1, 4, 16), -0.1)}},
+    loads=(1, 4, 16),
+    requests={1: 12, 4: 48, 16: 192},
+    pure=False,
+    stall_share=0.0,
+)
 _SLOPE = {load: 0.25 * math.log2(6.0 / load) for load in (1, 2, 4, 8, 16, 32)}
 CLIMB = World(
     {"draft": {"json": _SLOPE, "prose": _SLOPE}},
@@ -71,6 +79,18 @@ def coverage(name: str, studies: int, seed: int) -> dict[tuple[str, str], list[b
                 truth = true_ratios(world, e.arm, e.load.value)[e.metric, e.workload, e.segment]
                 place = "segment" if e.segment else "mix" if e.workload == "mix" else "pure"
                 held[e.metric, place].append(e.low <= truth <= e.high)
+    return dict(held)
+
+
+def coverage_by_load(name: str, studies: int, seed: int) -> dict[float, list[bool]]:
+    """Whether the speedup's interval for the whole workload held the truth, by load."""
+    world, rng = WORLDS[name], np.random.default_rng(seed)
+    held: dict[float, list[bool]] = defaultdict(list)
+    for _ in range(studies):
+        _, measured = simulate(world, rng)
+        for e in speedup_effects(measured, "baseline"):
+            truth = true_ratios(world, e.arm, e.load.value)["speedup", e.workload, None]
+            held[e.load.value].append(e.low <= truth <= e.high)
     return dict(held)
 
 
@@ -207,6 +227,10 @@ def main() -> None:
                 held = merged(pool.map(coverage, [name] * len(parts), sizes, seeds))
                 for (metric, place), hits in sorted(held.items()):
                     report(line(f"{metric}, {place}", hits, options.studies, (0.93, 0.97)))
+            print("the same by load, speedup of the mix")
+            by_load = merged(pool.map(coverage_by_load, [_UNEVEN] * len(parts), sizes, seeds))
+            for load, hits in by_load.items():
+                report(line(f"{load} clients", hits, options.studies, (0.93, 0.97)))
         if options.part in (None, "crossover"):
             print("crossover at 6 clients, measured at 1 to 32, 2 x 48 requests")
             held = merged(pool.map(crossovers, sizes, seeds))

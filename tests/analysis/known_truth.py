@@ -45,16 +45,17 @@ _TPOT_S, _TTFT_S = 0.02, 0.2
 class World:
     """What studies are made from. ``gain[arm][segment]`` is log(speedup of TPOT) by load.
 
-    ``ttft_ratio`` is candidate / baseline. The noises are standard deviations of logs; a request
-    stalls with probability ``stall_share`` and then takes 1 + Pareto(``stall_shape``) times as
-    long. ``ttft_share`` scales TTFT, 0 for studies in which only decoding takes time.
+    ``ttft_ratio`` is candidate / baseline. ``requests`` of a trial may depend on the load. The
+    noises are standard deviations of logs; a request stalls with probability ``stall_share`` and
+    then takes 1 + Pareto(``stall_shape``) times as long. ``ttft_share`` scales TTFT, 0 for studies
+    in which only decoding takes time.
     """
 
     gain: Mapping[str, Mapping[str, Mapping[float, float]]]
     shares: Mapping[str, float] = field(default_factory=lambda: {"json": 0.5, "prose": 0.5})
     loads: tuple[float, ...] = (16,)
     repeats: int = 2
-    requests: int = 32
+    requests: int | Mapping[float, int] = 32
     noise_floor: bool = True
     pure: bool = True
     ttft_ratio: Mapping[str, float] = field(default_factory=dict)
@@ -69,6 +70,10 @@ class World:
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+    def requests_at(self, load: LoadPoint) -> int:
+        """Requests of a trial there."""
+        return self.requests if isinstance(self.requests, int) else self.requests[load.value]
 
     def design(self) -> StudyDesign:
         """The study file these studies would have had; its mix is production's workload."""
@@ -104,7 +109,9 @@ def simulate(
     trials: list[Trial] = []
     for workload in design.workloads:
         for load in design.loads:
-            prompts = [_prompts(world, dict(workload.shares), rng) for _ in range(world.repeats)]
+            n = world.requests_at(load)
+            shares = dict(workload.shares)
+            prompts = [_prompts(world, shares, n, rng) for _ in range(world.repeats)]
             plans = [(arm.name, Purpose.MEASURE, world.repeats) for arm in design.arms]
             if world.noise_floor and workload.is_mix:
                 plans.append(("baseline", Purpose.NOISE_FLOOR, 1))
@@ -112,7 +119,7 @@ def simulate(
                 tables = []
                 for repeat in range(repeats):
                     name = f"{arm}-{workload.name}-{load.label}-{purpose.value}-{repeat}"
-                    trial = Trial(name, arm, workload.name, load, repeat, purpose, world.requests)
+                    trial = Trial(name, arm, workload.name, load, repeat, purpose, n)
                     tables.append(_trial(world, trial, prompts[repeat], rng))
                     trials.append(trial)
                 measured[arm, workload.name, load, purpose] = tuple(tables)
@@ -128,8 +135,9 @@ class _Prompts:
     prefill: Floats
 
 
-def _prompts(world: World, shares: Mapping[str, float], rng: np.random.Generator) -> _Prompts:
-    n = world.requests
+def _prompts(
+    world: World, shares: Mapping[str, float], n: int, rng: np.random.Generator
+) -> _Prompts:
     counts = [round(share * n) for share in shares.values()]
     counts[-1] = n - sum(counts[:-1])
     segment = np.repeat(np.array(list(shares), dtype=np.object_), counts)
@@ -179,7 +187,7 @@ def _times(
 
 
 def _trial(world: World, trial: Trial, prompts: _Prompts, rng: np.random.Generator) -> TrialTable:
-    n = world.requests
+    n = trial.requests
     pace = _pace(world, rng)
     paces = (pace, pace * float(np.exp(rng.normal(0.0, world.trial_sd / 2))))
     ttft, tpot = _times(world, (trial.arm, trial.load.value), prompts, paces, rng)

@@ -16,6 +16,7 @@ from benchmarks.intervals import (
     EQUAL,
     SHOWN,
     coverage,
+    coverage_by_load,
     crossovers,
     equal_arms,
 )
@@ -27,7 +28,7 @@ def margin(share: float, studies: int) -> float:
 
 
 def test_every_effect_shown_covers_its_truth() -> None:
-    studies = 120
+    studies = 80
     held = coverage("twice: 2 arms, 1 mix, 2 x 64", studies, seed=1)
     assert {metric for metric, place in held if place == "mix"} == set(SHOWN)
     for key, hits in held.items():
@@ -36,8 +37,17 @@ def test_every_effect_shown_covers_its_truth() -> None:
     assert np.mean(whole) <= 0.99
 
 
+def test_where_loads_differ_in_requests_each_load_covers_its_truth() -> None:
+    studies = 80
+    held = coverage_by_load("uneven: 2 arms, 1 mix, 3 loads, 2 x 12 to 192", studies, seed=5)
+    assert set(held) == {1, 4, 16}
+    for load, hits in held.items():
+        assert np.mean(hits) >= 0.93 - margin(0.93, studies), load
+        assert np.mean(hits) <= 0.999, load
+
+
 def test_the_crossovers_interval_covers_the_truth() -> None:
-    studies = 40
+    studies = 25
     held = crossovers(studies, seed=2)
     assert np.mean(held["whole"]) >= 0.93 - margin(0.93, studies)
     assert np.mean(held["whole: bounded"]) > 0.8

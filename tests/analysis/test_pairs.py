@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from specwise.analysis.pairs import (
     SPEEDUP,
     Metric,
     TrialNoise,
+    _machine_noise,
+    _Square,
     bootstrap_variances,
     log_ratio,
     match_pairs,
@@ -93,6 +97,49 @@ def test_trial_noise_is_recovered_from_repeats(trial_sd: float) -> None:
     assert found.dof == 4 * 2 * 11 + 1
     assert found.pair_variance == pytest.approx(2 * trial_sd**2, rel=0.4, abs=1e-4)
     assert found.machine_variance == pytest.approx(2 * trial_sd**2, rel=0.4, abs=1e-4)
+
+
+def test_loads_with_few_requests_do_not_hide_the_machines_noise() -> None:
+    """The variance of requests is 400 times as large at one load as at the other; it is exact, so
+    that only trials are uncertain. Pooled, the machine's is found as well as the better one tells.
+    """
+    truth, requests = 0.0009, {C4: 0.02, C16: 0.00005}
+    rng = np.random.default_rng(8)
+    found = []
+    for _ in range(400):
+        pool = [
+            _Square(load, (truth + r) * float(rng.chisquare(4)), 4, r)
+            for load, r in requests.items()
+        ]
+        found.append(_machine_noise(pool, requests[C16]))
+    estimates = np.array([noise.machine_variance for noise in found])
+    assert estimates.mean() == pytest.approx(truth, rel=0.1)
+    # Of four degrees of freedom: 2 / 4 of the variance squared, and hardly more from the other.
+    assert estimates.var() == pytest.approx(0.5 * (truth + requests[C16]) ** 2, rel=0.3)
+    assert np.mean([noise.doubt for noise in found]) == pytest.approx(estimates.var(), rel=0.8)
+
+
+@given(
+    squares=st.lists(
+        st.tuples(st.floats(0, 1e-2), st.integers(1, 30), st.floats(0, 1e-2)), min_size=1
+    )
+)
+def test_the_machines_noise_is_the_likeliest(squares: list[tuple[float, int, float]]) -> None:
+    pool = [_Square(C4, mean * dof, dof, r) for mean, dof, r in squares]
+    noise = _machine_noise(pool, 1e-4)
+
+    def misfit(m2: float) -> float:
+        return sum(
+            s.dof * math.log(m2 + s.request_variance + 1e-12)
+            + s.total / (m2 + s.request_variance + 1e-12)
+            for s in pool
+        )
+
+    at = noise.machine_variance
+    assert at >= 0
+    assert misfit(at) <= min(misfit(at * 1.05 + 1e-9), misfit(at / 1.05)) + 1e-2
+    assert noise.dof == sum(s.dof for s in pool)
+    assert 0 <= noise.pair_variance <= at + 1.001e-4
 
 
 def test_one_repeat_leaves_the_aa_trial_or_nothing() -> None:

@@ -253,12 +253,12 @@ def _signature(p50: Effect, p99: Effect) -> bool | None:
 def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> tuple[float, float]:
     """Standard error of a log ratio over all its pairs, and its degrees of freedom.
 
-    With R repeats, s2 the pooled variance of one trial pair, b2 the bootstrap variance over
-    requests and m2 what is left of s2 when the requests' own noise is taken off, it is
-    sqrt(b2 + m2 / R). Where repeats share prompts it is sqrt(b2 + s2 / R), because repeats cannot
-    average away what the choice of prompts leaves uncertain. Degrees of freedom: Satterthwaite
-    (Biometrics Bulletin 2, 1946), no fewer than the pool's. A pool of a single degree of freedom
-    is too often small by chance for that: the wider of it and sqrt(s2 / R) is given.
+    With R repeats, s2 the variance of one pair of trials, b2 the bootstrap variance over requests
+    and m2 what of s2 the requests do not explain (`trial_noise`), it is sqrt(b2 + m2 / R). Where
+    repeats share prompts it is sqrt(b2 + s2 / R), because repeats cannot average away what the
+    choice of prompts leaves uncertain. Degrees of freedom: Satterthwaite (Biometrics Bulletin 2,
+    1946), no fewer than s2 is known with. A pool of a single one is too often small by chance for
+    that: the wider of it and sqrt(s2 / R) is given.
 
     Where nothing is known about trials it is sqrt(b2), a lower bound. NaN where b2 is.
     """
@@ -267,13 +267,13 @@ def standard_error(pairs: Pairs, request_variance: float, noise: TrialNoise) -> 
         return math.nan, 1.0
     if not noise.dof:
         return math.sqrt(request_variance), max(clusters - 1, 1)
-    of_trials = noise.pair_variance / pairs.repeats
     total = request_variance + _machine_variance(pairs, noise) / pairs.repeats
-    uncertain = of_trials**2 / noise.dof + request_variance**2 / max(clusters - 1, 1)
-    dof = max(total**2 / uncertain, noise.dof) if uncertain else float(clusters)
+    doubt = noise.doubt / pairs.repeats**2 + 2 * request_variance**2 / max(clusters - 1, 1)
+    fewest = min(noise.dof, noise.pair_dof)
+    dof = max(2 * total**2 / doubt, fewest) if doubt else float(clusters)
     if noise.dof >= 2:
         return math.sqrt(total), dof
-    answers = ((math.sqrt(of_trials), noise.dof), (math.sqrt(total), dof))
+    answers = ((math.sqrt(noise.pair_variance / pairs.repeats), noise.dof), (math.sqrt(total), dof))
     return max(answers, key=lambda answer: t_quantile(answer[1], CONFIDENCE) * answer[0])
 
 
@@ -323,7 +323,7 @@ def _effect(pairs: Pairs, metric: Metric, request_variance: float, noise: TrialN
         request_variance=request_variance,
         machine_variance=_machine_variance(pairs, noise),
         trial_variance=noise.pair_variance if noise.dof else math.nan,
-        noise_dof=noise.dof,
+        noise_dof=noise.pair_dof,
     )
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from specwise.domain import LoadPoint, Purpose
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _MAX_DRAWS, _TRIAL_DRAWS, _MAX_DRAWN_VALUES = 400, 150, 1_000_000
 _FEWEST_DOF_BY_LOAD = 4
+_TINY = 1e-12  # a variance of log ratios that is as good as none
 FEWEST_PAIRS = {"p95": 20, "p99": 100}
 """Pairs below which a percentile is little more than the largest value, and gets no interval."""
 
@@ -370,22 +371,21 @@ def _times_drawn(drawn: NDArray[np.int64], count: int) -> Floats:
 class TrialNoise:
     """Trial-to-trial noise of one metric at one load, pooled over workloads.
 
-    ``pair_variance`` is the variance of log(candidate / baseline) of one pair of trials on the
-    same requests; ``request_variance`` what the requests alone explain of it; ``dof`` how many
-    independent differences it rests on. With ``dof`` 0 nothing is known.
+    ``machine_variance`` is the variance of log(candidate / baseline) of one pair of trials on the
+    same requests beyond what the requests explain, ``doubt`` the variance of that estimate, and
+    ``dof`` how many independent differences it rests on. With ``dof`` 0 nothing is known.
+    ``pair_variance`` is the whole variance of one pair of trials here, requests included, known
+    with ``pair_dof`` degrees of freedom.
     """
 
-    pair_variance: float
-    request_variance: float
+    machine_variance: float
+    doubt: float
     dof: float
-
-    @property
-    def machine_variance(self) -> float:
-        """What is left for the machine when the requests' own noise is taken off, at least 0."""
-        return max(0.0, self.pair_variance - self.request_variance)
+    pair_variance: float
+    pair_dof: float
 
 
-UNKNOWN_NOISE = TrialNoise(0.0, 0.0, 0.0)
+UNKNOWN_NOISE = TrialNoise(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +396,7 @@ class Block:
     repeat. ``again`` marks an A/A block: two trials of the baseline.
     """
 
+    workload: str
     load: LoadPoint
     tables: tuple[tuple[TrialTable, ...], ...]
     rows: tuple[tuple[NDArray[np.int64], ...], ...]
@@ -413,21 +414,25 @@ def noise_blocks(measured: Cells, baseline: str) -> tuple[Block, ...]:
         ]
         repeats = sorted(set.intersection(*(set(held) for held in arms))) if arms else []
         if len(arms) > 1 and len(repeats) > 1:
-            found.append(_block(load, [[held[r] for held in arms] for r in repeats], again=False))
+            by_repeat = [[held[r] for held in arms] for r in repeats]
+            found.append(_block(workload, load, by_repeat, again=False))
         base = {
             t.trial.repeat: t for t in measured.get((baseline, workload, load, Purpose.MEASURE), ())
         }
         found += [
-            _block(load, [[base[t.trial.repeat], t]], again=True)
+            _block(workload, load, [[base[t.trial.repeat], t]], again=True)
             for t in measured.get((baseline, workload, load, Purpose.NOISE_FLOOR), ())
             if t.trial.repeat in base
         ]
     return tuple(found)
 
 
-def _block(load: LoadPoint, by_repeat: list[list[TrialTable]], *, again: bool) -> Block:
+def _block(
+    workload: str, load: LoadPoint, by_repeat: list[list[TrialTable]], *, again: bool
+) -> Block:
     rows = [common_rows(tables, None) for tables in by_repeat]
     return Block(
+        workload,
         load,
         tuple(zip(*by_repeat, strict=True)),
         tuple(zip(*rows, strict=True)),
@@ -450,33 +455,84 @@ def trial_noise(
     Both are pooled over workloads at a load, and over all loads where a load has fewer than four.
     ``of_trials`` are the `trial_variances` of every cell with a baseline.
     """
-    squares: dict[LoadPoint, float] = defaultdict(float)
-    dof: dict[LoadPoint, float] = defaultdict(float)
+    requests: dict[tuple[str, LoadPoint], list[float]] = defaultdict(list)
+    of_load: dict[LoadPoint, list[float]] = defaultdict(list)
+    for (_, workload, _, load), variances in of_trials.items():
+        if np.isfinite(variances[metric.name]):
+            requests[workload, load].append(variances[metric.name])
+            of_load[load].append(variances[metric.name])
+    squares = []
     for block in blocks:
         logs = _block_logs(block, metric)
-        if block.again and np.isfinite(logs).all():
-            squares[block.load] += float((logs[0, 0] - logs[1, 0]) ** 2 / 2)
-            dof[block.load] += 1.0
-        elif np.isfinite(logs).all():
+        if not np.isfinite(logs).all():
+            continue
+        own = requests[block.workload, block.load] or of_load[block.load]
+        own_variance = float(np.mean(own)) if own else 0.0
+        if block.again:
+            pair_square, dof = float((logs[0, 0] - logs[1, 0]) ** 2), 1
+        else:
             residual = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
-            squares[block.load] += float((residual**2).sum())
-            dof[block.load] += float((logs.shape[0] - 1) * (logs.shape[1] - 1))
-    request_variance: dict[LoadPoint, list[float]] = defaultdict(list)
-    for (*_, load), variances in of_trials.items():
-        if np.isfinite(variances[metric.name]):
-            request_variance[load].append(variances[metric.name])
+            pair_square = 2 * float((residual**2).sum())
+            dof = (logs.shape[0] - 1) * (logs.shape[1] - 1)
+        squares.append(_Square(block.load, pair_square, dof, own_variance))
     found = {}
     for load in {key[3] for key in of_trials}:
-        if dof[load] >= _FEWEST_DOF_BY_LOAD:
-            total, degrees, own = squares[load], dof[load], request_variance[load]
-        else:
-            total, degrees = sum(squares.values()), sum(dof.values())
-            own = [v for held in request_variance.values() for v in held]
-        found[load] = (
-            TrialNoise(2 * total / degrees, float(np.mean(own)) if own else 0.0, degrees)
-            if degrees
-            else UNKNOWN_NOISE
-        )
+        pool = [square for square in squares if square.load == load]
+        if sum(square.dof for square in pool) < _FEWEST_DOF_BY_LOAD:
+            pool = squares
+        own = of_load[load]
+        found[load] = _machine_noise(pool, float(np.mean(own)) if own else 0.0)
+    return found
+
+
+class _Square(NamedTuple):
+    """One block's sum of squares for pairs of trials: ``dof`` x their variance on average, of
+    which their requests explain ``request_variance``."""
+
+    load: LoadPoint
+    total: float
+    dof: int
+    request_variance: float
+
+
+def _machine_noise(pool: Sequence[_Square], request_variance: float) -> TrialNoise:
+    """The machine's variance m2 behind blocks whose requests explain more here and less there.
+
+    Block b has a sum of squares that is (m2 + r_b) times a chi-square of d_b degrees of freedom,
+    r_b its requests' part. The likeliest m2 >= 0 has the variance 2 / sum w_b d_b,
+    w_b = 1 / (m2 + r_b)^2. A plain difference of means would be ruled by the loads with the fewest
+    requests, whose r_b is largest and tells least. Where the squares are smaller than the requests
+    alone explain, m2 is 0 and the variance shrinks with them.
+    """
+    dof = float(sum(square.dof for square in pool))
+    if not dof:
+        return UNKNOWN_NOISE
+    total = np.array([square.total for square in pool])
+    d = np.array([float(square.dof) for square in pool])
+    r = np.maximum([square.request_variance for square in pool], _TINY)
+    m2 = _likeliest(total, d, r)
+    weight = 1 / (m2 + r) ** 2
+    seen = float((weight * total).sum() / (weight * d * (m2 + r)).sum())  # of what is expected
+    variance = 2 / float((weight * d).sum())
+    here = m2 + max(request_variance, _TINY)
+    return TrialNoise(
+        machine_variance=m2,
+        doubt=min(seen, 1.0) ** 2 * variance,
+        dof=dof,
+        pair_variance=min(seen, 1.0) * here,
+        pair_dof=2 * here**2 / variance,
+    )
+
+
+def _likeliest(total: Floats, dof: Floats, r: Floats) -> float:
+    """The m2 >= 0 that makes sum d_b log(m2 + r_b) + total_b / (m2 + r_b) least, to 1 in 1,000."""
+    top = max(float((total / dof - r).max()), 0.0)
+    tried = np.append(0.0, np.geomspace(1e-6, 1.0, 40)) * top
+    for _ in range(4):
+        variance = tried[:, None] + r
+        best = int(np.argmin((dof * np.log(variance) + total / variance).sum(1)))
+        found = float(tried[best])
+        tried = np.linspace(tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)], 41)
     return found
 
 
