@@ -396,6 +396,15 @@ def test_what_the_source_says_of_sampling_is_noted_and_stored(tmp_path: Path) ->
     assert stored["two"] == []
 
 
+def test_a_trial_that_is_all_beginning_and_end_is_noted(tmp_path: Path) -> None:
+    with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
+        loads = "concurrency = [2, 4]\nrequests = [4, 7]\nrepeats = 1\nnoise_floor = false"
+        _, notes = measure(
+            new_folder(write_study(tmp_path, baseline.url, draft.url, loads)), tmp_path
+        )
+    assert [note.split(":")[0] for note in notes if "fewer than two requests" in note] == ["c4"]
+
+
 def test_prompts_that_changed_between_sittings_are_refused(tmp_path: Path) -> None:
     with FakeVllm() as baseline, FakeVllm(conditional=(0.5, 0.5)) as draft:
         folder = new_folder(write_study(tmp_path, baseline.url, draft.url, SHORT))

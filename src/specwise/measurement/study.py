@@ -213,10 +213,30 @@ def measure(
             f"segment {segment}: more requests than prompts, so some prompts are used twice "
             "(a prefix cache may answer them faster)"
         )
+    if thin := _thin_loads(folder.design):
+        listener.note(
+            f"{', '.join(thin)}: fewer than two requests for each client, so a trial is mostly its "
+            "beginning and its end (a steady load takes four)"
+        )
     if choose is None:
         _measure_in_order(sitting, cells, skip)
     else:
         _measure_chosen(sitting, cells, choose)
+
+
+def _thin_loads(design: StudyDesign) -> list[str]:
+    """Closed loops in which a client's first request is about its last.
+
+    All clients start at once and end one by one: prompts are computed in a burst, and what follows
+    runs in a batch that shrinks.
+    """
+    fewest = {load: min(t.requests for t in design.trials if t.load == load) for load in
+              {trial.load for trial in design.trials}}  # fmt: skip
+    return [
+        load.label
+        for load in sorted(fewest)
+        if load.loop is Loop.CLOSED and load.value > 1 and fewest[load] < 2 * load.value
+    ]
 
 
 _Cells = Mapping[str, tuple[ChosenPrompt, ...]]  # what to send, by trial id
