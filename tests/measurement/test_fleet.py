@@ -19,6 +19,7 @@ from specwise.measurement.fleet import Fleet, api_headers, resolve_model
 from specwise.measurement.provenance import describe_here
 from specwise.measurement.store import StudyFolder, read_study
 from specwise.measurement.study import Choice, Listener, conduct
+from specwise.vllm.server import Server
 
 STUDY = """
 name = "started"
@@ -111,6 +112,31 @@ def test_a_server_that_dies_is_started_again_and_nothing_is_left_running(
     failed = [r for t in study.trials for r in t.records if r.outcome is not Outcome.OK]
     assert len(failed) <= 4, "the two in flight, and what was sent while it died"
     assert study.provenance["arms"]["draft"]["vllm"] == "0.32.0"
+    assert servers_of(folder, "") == []
+
+
+def test_a_server_that_dies_as_it_is_resumed_is_started_again(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was alive when it was last looked at, so only waiting for it shows its death."""
+    resume, died = Server.resume, list[int]()
+
+    def die_first(server: Server, timeout_s: float = 60.0) -> None:
+        if not died:
+            died.append(server.pid)
+            os.kill(server.pid, signal.SIGKILL)
+        resume(server, timeout_s)
+
+    monkeypatch.setattr(Server, "resume", die_first)
+    folder, notes = new_study(engine, together=True), list[str]()
+    draft = folder.design.arm("draft")
+    with fleet_of(folder, None, notes) as fleet:
+        fleet.ready(draft)
+        fleet.ready(folder.design.arms[0])
+        fleet.ready(draft)
+        (pid,) = servers_of(folder, "--speculative-config")
+        assert died != [pid]
+    assert sum("starting the server of arm draft" in note for note in notes) == 2
     assert servers_of(folder, "") == []
 
 

@@ -7,6 +7,7 @@ only one runs at a time. Servers given by URL are left alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -98,7 +99,12 @@ class Fleet:
             return self._introduce(arm, arm.deployment, self._launch(arm, arm.deployment))
         if not known:  # launched by `start`, not waited for yet
             return self._introduce(arm, arm.deployment, server)
-        server.resume()
+        try:
+            server.resume()
+        except ServerError:
+            if server.alive:
+                raise
+            return self._introduce(arm, arm.deployment, self._launch(arm, arm.deployment))
         self._servers[arm.name] = self._servers.pop(arm.name)  # the order is that of use
         return self._targets[arm.name]
 
@@ -126,8 +132,9 @@ class Fleet:
         for name in [name for name in self._targets if name != arm.name and name in self._servers]:
             if not self._design.servers_together:
                 self._servers.pop(name).stop()
-            elif self._servers[name].alive:
-                self._servers[name].suspend()
+            else:
+                with contextlib.suppress(ServerError):  # a dead one is still as well
+                    self._servers[name].suspend()
 
     def alive(self, arm: Arm) -> bool:
         """Whether the server of ``arm`` is not known to have died."""
