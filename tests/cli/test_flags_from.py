@@ -314,6 +314,17 @@ def test_of_a_tuning_the_confirmation_counts(tmp_path: Path) -> None:
         read_assessment(tmp_path / "none")
 
 
+def test_of_two_confirmations_the_one_that_holds_counts(tmp_path: Path) -> None:
+    """Both are of the same static arm; the first was refused."""
+    tuning = tmp_path / "tuned"
+    write_study(tuning / "search", study("off"))
+    write_study(tuning / "confirm", study("off"))
+    confirmed = write_study(tuning / "confirm-2", study("on"))
+    done = run("--from", str(tuning), "--rollout")
+    assert done.exit_code == 0, done.output
+    assert f"--against {confirmed} --arm draft_model" in done.stdout
+
+
 def test_rollout_prints_a_note_with_both_commands(tmp_path: Path) -> None:
     folder = str(write_study(tmp_path / "study", study("on")))
     note = run("--from", folder, "--rollout").stdout

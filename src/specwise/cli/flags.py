@@ -4,74 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from specwise.cli.checked_command import FORMATS, answer, check, say_findings
 from specwise.domain import Speculation
 from specwise.errors import InputError
 from specwise.facts.checkpoint import full_name
-from specwise.planning.pairing import model_facts
 from specwise.vllm.command import (
-    ServeCommand,
     Version,
     names,
     read_words,
-    to_container_args,
-    to_shell,
-    to_words,
-    to_yaml,
 )
-from specwise.vllm.findings import ADVICE, ERROR, Finding
 from specwise.vllm.flags import ServeOptions, serve_command
-from specwise.vllm.lint import lint
 
 _USUAL_K = {"mtp": 1, "suffix": 24}  # one MTP layer drafts one token well; suffix takes k as a cap
-FORMATS = {"shell": to_shell, "yaml": to_yaml, "k8s": to_container_args}
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A command that lint has seen: repaired where the checkpoints forbid it, and what was said.
-
-    ``refused`` says that vLLM would still refuse it.
-    """
-
-    command: ServeCommand
-    findings: tuple[Finding, ...]
-    refused: bool
-
-
-def check(made: ServeCommand, version: Version, *, target: object, draft: object) -> Checked:
-    """``made`` after lint, with the metadata of ``target`` and ``draft`` if it is at hand."""
-    facts = {"target": model_facts(target), "draft": model_facts(draft)}
-    result = lint(made, version, **facts)
-    # Advice is for commands found in the wild; what the checkpoints forbid is repaired and said.
-    findings = tuple(f for f in result.findings if f.severity != ADVICE)
-    command = replace(result.corrected if findings else made, notes=made.notes)
-    again = lint(command, version, **facts).findings
-    return Checked(command, findings, any(f.severity == ERROR for f in again))
-
-
-def answer(checked: Checked, version: Version, form: str) -> dict[str, Any]:
-    """What --json prints."""
-    return {
-        "vllm": str(version),
-        "words": to_words(checked.command),
-        "speculative_config": checked.command.speculation,
-        "notes": dict(checked.command.notes),
-        "findings": [asdict(f) for f in checked.findings],
-        form: FORMATS[form](checked.command),
-    }
-
-
-def say_findings(findings: tuple[Finding, ...]) -> None:
-    """Print them to stderr."""
-    for finding in findings:
-        click.echo(f"{finding.severity}: {finding.what} {finding.fix}", err=True)
 
 
 def read_schedule(text: str) -> tuple[tuple[int, int, int], ...]:

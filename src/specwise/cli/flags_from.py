@@ -13,7 +13,7 @@ from typing import Any
 import click
 import orjson
 
-from specwise.cli.flags import FORMATS, Checked, answer, check, say_findings
+from specwise.cli.checked_command import FORMATS, Checked, answer, check, say_findings
 from specwise.cli.studies import read_assessment
 from specwise.decision.assessment import Assessment
 from specwise.decision.verdict import Decision
