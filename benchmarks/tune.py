@@ -2,7 +2,6 @@
 
     python benchmarks/tune.py truths [--truths 200] [--processes 2]
     python benchmarks/tune.py embedded FOLDER [--repeats 1]
-    python benchmarks/tune.py schedule FOLDER [--confirm-repeats 6]
 
 ``truths`` tunes on random engines that the simulator plays and whose truth is known
 (`tune_truths.py`; half an hour on two cores), and on one so noisy that nothing can be decided.
@@ -10,11 +9,7 @@
 the first against the second (an hour on two idle cores). FOLDER keeps both: what is there already
 is not measured again, so it can be stopped and started. A sweep's own figures are noisy: its best
 arm is partly luck. So a cell's regret is that of the belief after the whole sweep, with an
-interval, and counts as none where that holds 0.
-
-``schedule`` tunes and confirms on the bundled target padded to 300M parameters, where being on but
-idle costs less of a step (`idle_price.py`; an hour on two idle cores). Exits with 1 if a bar is
-missed.
+interval, and counts as none where that holds 0. Exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -37,10 +32,12 @@ from benchmarks import tune_truths
 
 from specwise.analysis.cells import cells
 from specwise.cli.tune import read_tuning
-from specwise.decision.deployment import KEPT, SCHEDULED, Tuned
+from specwise.decision.confirmation import SCHEDULED
+from specwise.decision.deployment import Tuned
 from specwise.decision.standing import Standing, survey
 from specwise.decision.tuning import Spent
 from specwise.decision.verdict import Decision
+from specwise.decision.ways import KEPT
 from specwise.domain import StudyData
 from specwise.measurement.store import read_study
 
@@ -70,9 +67,12 @@ def undecidable() -> bool:
 
 def embedded(folder: Path, repeats: int) -> bool:
     """Tune and sweep on the embedded engine, as far as ``folder`` has not got them yet."""
-    tuned = tune(folder, "tune.toml")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (HERE / "tune.toml").read_text(encoding="utf-8")
+    (folder / "tune.toml").write_text(text, encoding="utf-8")
+    tuned = tune(folder / "tune.toml", folder / "tuning")
     sweep, study = folder / "sweep", folder / "sweep.toml"
-    study.write_text(f"{_study('tune.toml')}repeats = {repeats}\n", encoding="utf-8")
+    study.write_text(f"{text}repeats = {repeats}\n", encoding="utf-8")
     words = ["--resume", str(sweep)] if (sweep / "manifest.json").exists() else []
     words = words or [str(study), "--experiment", "tune", "--out", str(sweep)]
     began = time.monotonic()
@@ -81,27 +81,13 @@ def embedded(folder: Path, repeats: int) -> bool:
     return judge(tuned, read_study(sweep))
 
 
-def schedule(folder: Path, confirm_repeats: int) -> bool:
-    """Tune and confirm where idling is cheap, as far as ``folder`` has not got it yet."""
-    return judge_confirmation(
-        tune(folder, "tune_schedule.toml", "--confirm-repeats", str(confirm_repeats))
-    )
-
-
-def tune(folder: Path, study: str, *words: str) -> Tuned:
-    """Run `specwise tune` in ``folder`` unless it has ended there; what it came to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / study).write_text(_study(study), encoding="utf-8")
-    tuning = folder / "tuning"
+def tune(study: Path, tuning: Path) -> Tuned:
+    """Run `specwise tune` in the folder ``tuning`` unless it has ended there; what it came to."""
     if not (tuning / "tuning.json").exists():
         resume = (tuning / "search" / "manifest.json").exists()
-        what = ["--resume", str(tuning)] if resume else [str(folder / study), "--out", str(tuning)]
-        subprocess.run([*_SPECWISE, "tune", *what, *words], check=False)
+        what = ["--resume", str(tuning)] if resume else [str(study), "--out", str(tuning)]
+        subprocess.run([*_SPECWISE, "tune", *what], check=False)
     return read_tuning(tuning)
-
-
-def _study(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
 
 
 def judge(tuned: Tuned, sweep: StudyData) -> bool:
@@ -222,12 +208,7 @@ def main() -> int:
     real = parts.add_parser("embedded")
     real.add_argument("folder", type=Path)
     real.add_argument("--repeats", type=int, default=1)
-    idle = parts.add_parser("schedule")
-    idle.add_argument("folder", type=Path)
-    idle.add_argument("--confirm-repeats", type=int, default=6)
     options = parser.parse_args()
-    if options.part == "schedule":
-        return 0 if schedule(options.folder, options.confirm_repeats) else 1
     if options.part == "embedded":
         return 0 if embedded(options.folder, options.repeats) else 1
     met = tune_truths.run(options.truths, options.first, options.processes)

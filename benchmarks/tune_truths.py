@@ -21,19 +21,17 @@ from typing import Any
 import numpy as np
 
 from specwise.analysis.cells import Cells, cells
-from specwise.decision.deployment import (
+from specwise.decision.confirmation import (
     Confirmation,
-    FamilyStanding,
-    Recommendation,
     confirm,
     confirmation_design,
-    family_standings,
     next_confirmation,
     next_way,
-    recommend,
 )
+from specwise.decision.deployment import Recommendation, recommend
 from specwise.decision.tuning import Next, Spent, next_pick, sweep_seconds
 from specwise.decision.verdict import Decision
+from specwise.decision.ways import FamilyStanding, family_standings
 from specwise.domain import (
     Arm,
     LoadPoint,
@@ -404,7 +402,7 @@ def tune_truth(
     confirming: list[StudyData] = []
     while (way := next_way(search.study, confirming, tolerance)) is not None:
         confirming.append(search.confirm(way, repeats=6, all_workloads=False))
-        confirmations += confirm(confirming[-1], way.family)
+        confirmations += confirm(design, confirming[-1], number=len(confirming))
         if any(c.outcome == "confirmed" for c in confirmations):
             break
     answer = recommend(

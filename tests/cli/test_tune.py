@@ -12,7 +12,7 @@ from tests.stand_in_engine import install
 
 from specwise.cli.main import specwise
 from specwise.cli.tune import confirmation_folder, read_tuning
-from specwise.decision.deployment import confirmation_design
+from specwise.decision.confirmation import confirmation_design
 from specwise.errors import SpecwiseError
 from specwise.measurement.store import StudyFolder
 

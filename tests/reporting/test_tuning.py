@@ -15,17 +15,15 @@ from benchmarks.tune_truths import Played, Search, TrueCosts, Truth
 from rich.console import Console
 from tests.reporting.browser import Browser, chromium
 
-from specwise.decision.deployment import (
-    Recommendation,
-    Tuned,
-    assess_tuning,
-    to_confirm,
-)
+from specwise.decision.deployment import Tuned, assess_tuning
 from specwise.decision.standing import not_run
 from specwise.decision.verdict import Decision
+from specwise.decision.ways import to_confirm
 from specwise.errors import StoreError
 from specwise.measurement.design import parse_study
-from specwise.reporting.tuning import holds, print_tuning, tuning_to_dict, write_tuning
+from specwise.reporting.tuning_console import print_tuning
+from specwise.reporting.tuning_page import render_tuning, write_tuning
+from specwise.reporting.tuning_view import holds, tuning_to_dict
 
 SECTIONS = (
     "verdict", "gain", "cells", "arms", "search", "eliminated", "ways", "time", "prediction",
@@ -167,23 +165,68 @@ def test_without_a_confirmation_the_terminal_shows_beliefs_and_which_are_predict
     assert text.count("predicted, not run") == len(unseen)
 
 
-def test_of_two_ways_the_one_that_is_recommended_is_shown(tuned: Tuned) -> None:
-    """Both have an arm "scheduled"; the way that was tried first did not hold."""
-    right = tuned.confirmations[0]
-    wrong = replace(
-        right,
-        family="ngram",
-        static_arm="ngram-k4",
-        outcome="refused",
-        cells=tuple(
-            replace(c, to_baseline=replace(c.to_baseline, ratio=0.5, low=0.4, high=0.6))
-            for c in right.cells
+def refused_before(tuned: Tuned) -> Tuned:
+    """The same after a first schedule of the same family that did not hold, nor its static arm."""
+    halves = tuple(
+        replace(c, number=1, schedule=((1, 1024, 4),) if c.schedule else (), outcome="refused",
+                cells=tuple(
+                    replace(x, to_baseline=replace(x.to_baseline, ratio=0.5, low=0.4, high=0.6))
+                    for x in c.cells
+                ))
+        for c in tuned.confirmations
+    )  # fmt: skip
+    return replace(
+        tuned,
+        confirming=tuned.confirming * 2,
+        confirmations=(*halves, *(replace(c, number=2) for c in tuned.confirmations)),
+        recommendation=replace(tuned.recommendation, confirmed_by=2),
+    )
+
+
+def test_of_two_confirmations_the_one_that_holds_is_shown(tuned: Tuned) -> None:
+    """Both have an arm "scheduled", of the same family, and the same static arm."""
+    text = printed(refused_before(tuned))
+    assert "0.50x" not in text
+    ours = [c for c in tuned.confirmations[0].cells if c.workload == "mix"]
+    assert all(f"{c.to_baseline.ratio:.2f}x" in text for c in ours)
+
+
+def test_each_confirmation_links_to_its_own_evidence(tuned: Tuned, tmp_path: Path) -> None:
+    twice = refused_before(tuned)
+    folders = [tmp_path / "confirm", tmp_path / "confirm-2"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "report.html").touch()
+    confirming = [replace(s, folder=str(f)) for s, f in zip(twice.confirming, folders, strict=True)]
+    page = render_tuning(replace(twice, confirming=tuple(confirming)), tmp_path / "report.html")
+    links = [part.split('"')[0] for part in page.split('href="confirm')[1:]]
+    assert links == ["/report.html"] * 2 + ["-2/report.html"] * 2
+
+
+def test_where_nothing_held_the_one_that_is_open_is_shown(tuned: Tuned) -> None:
+    twice = refused_before(tuned)
+    open_ = replace(
+        twice,
+        confirmations=tuple(
+            replace(c, outcome="undecided" if c.number == 2 else "refused")
+            for c in twice.confirmations
+        ),
+        recommendation=replace(
+            twice.recommendation, decision=Decision.MEASURE_MORE, arm=None, confirmed_by=None
         ),
     )
-    text = printed(replace(tuned, confirmations=(wrong, *tuned.confirmations)))
-    assert "0.50x" not in text
-    ours = [c for c in right.cells if c.workload == "mix"]
-    assert all(f"{c.to_baseline.ratio:.2f}x" in text for c in ours)
+    assert "0.50x" not in printed(open_)
+
+
+def test_the_belief_shown_beside_a_schedule_is_of_its_own_lengths(tuned: Tuned) -> None:
+    """One that was composed anew may have other lengths than the search's."""
+    longest = tuple(
+        replace(c, schedule=((1, 1024, 4),) if c.schedule else ()) for c in tuned.confirmations
+    )
+    other = replace(tuned, confirmations=longest)
+    page = render_tuning(other, Path("report.html"))
+    shown = [part.split("<")[0] for part in page.split('<span class="sub">draft-')[1:]]
+    assert shown[: len(LOADS)] == ["k4"] * len(LOADS)
 
 
 def test_an_arm_keeps_off_by_its_whole_interval(tuned: Tuned) -> None:
@@ -257,15 +300,7 @@ def page(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tuned.standing,
             eliminated=tuple(replace(e, reason=SCRIPT) for e in tuned.standing.eliminated),
         ),
-        recommendation=Recommendation(
-            answer.decision,
-            answer.family,
-            answer.arm,
-            answer.schedule,
-            answer.headline,
-            (SCRIPT, *answer.reasons),
-            SCRIPT,
-        ),
+        recommendation=replace(answer, reasons=(SCRIPT, *answer.reasons), routing=SCRIPT),
     )
     write_tuning(hostile, folder / "report.html")
     return folder / "report.html"

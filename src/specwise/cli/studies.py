@@ -36,12 +36,9 @@ def read_assessment(path: Path) -> tuple[Path, Assessment]:
 
 def _rests_on(tuned: Tuned) -> StudyData:
     """The study in which a tuning confirmed what it recommends, else what else it measured."""
-    recommended = tuned.recommendation
-    for study in tuned.confirming:
-        arm = next((a for a in study.design.arms if a.name == recommended.arm), None)
-        ran = None if arm is None else arm.speculation
-        if ran is not None and ran.schedule == recommended.schedule:
-            return study
+    confirmed_by = tuned.recommendation.confirmed_by
+    if confirmed_by is not None:
+        return tuned.confirming[confirmed_by - 1]
     return (*tuned.confirming, tuned.search)[0]
 
 

@@ -182,7 +182,7 @@ def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool)
 
     A confirmation that is there already is gone on with: the same trials lead to the same ways.
     """
-    from specwise.decision.deployment import (  # noqa: PLC0415 - scipy loads here
+    from specwise.decision.confirmation import (  # noqa: PLC0415 - scipy loads here
         confirm,
         confirmation_design,
         next_way,
@@ -197,7 +197,8 @@ def _confirm(tuned: Tuned, path: Path, base: Path, repeats: int, *, quiet: bool)
             click.echo(f"\nConfirming on requests dealt anew: {arms}")
         _run_confirmation(folder, base, quiet=quiet)
         confirming.append(folder.read())
-        if any(c.outcome == "confirmed" for c in confirm(confirming[-1], way.family)):
+        held = confirm(tuned.search.design, confirming[-1])
+        if any(c.outcome == "confirmed" for c in held):
             return
 
 
@@ -227,7 +228,7 @@ def confirmation_paths(path: Path) -> list[Path]:
 
 
 def _run_confirmation(folder: StudyFolder, base: Path, *, quiet: bool) -> None:
-    from specwise.decision.deployment import next_confirmation  # noqa: PLC0415
+    from specwise.decision.confirmation import next_confirmation  # noqa: PLC0415
 
     def choose(study: StudyData, running: Collection[str]) -> Choice:  # noqa: ARG001
         trial = next_confirmation(study)
@@ -268,7 +269,7 @@ def read_tuning(path: Path) -> Tuned:
 def show(tuned: Tuned, path: Path, *, as_json: bool) -> NoReturn:
     """Write the page and the JSON of a tuning, print it, and exit by its recommendation."""
     from specwise.decision.verdict import exit_code  # noqa: PLC0415
-    from specwise.reporting.tuning import print_tuning  # noqa: PLC0415
+    from specwise.reporting.tuning_console import print_tuning  # noqa: PLC0415
 
     page = path / "report.html"
     answer = write_answer(tuned, path, page)
@@ -287,7 +288,8 @@ def write_answer(tuned: Tuned, path: Path, page: Path) -> Path:
     from specwise.decision.evidence import gather_evidence  # noqa: PLC0415
     from specwise.reporting.html import write_report  # noqa: PLC0415
     from specwise.reporting.json_export import write_json  # noqa: PLC0415
-    from specwise.reporting.tuning import tuning_to_dict, write_tuning  # noqa: PLC0415
+    from specwise.reporting.tuning_page import write_tuning  # noqa: PLC0415
+    from specwise.reporting.tuning_view import tuning_to_dict  # noqa: PLC0415
 
     for study in tuned.confirming:  # the evidence behind the answer
         assessment = assess(study, gather_evidence(study))

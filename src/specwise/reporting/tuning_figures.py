@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from specwise.decision.deployment import KEPT, ConfirmedLoad
+from specwise.decision.confirmation import ConfirmedLoad
 from specwise.decision.standing import ArmStanding
+from specwise.decision.ways import KEPT
 from specwise.domain import LoadPoint
 from specwise.reporting.figures import (
     ArmStyle,
