@@ -2,13 +2,17 @@
 
     python idle_steps.py MODEL DRAFT BATCHES
 
-DRAFT may be empty: no speculation. Prints a line of JSON per batch size: requests, seconds a step,
-and the seconds of it that go to drafting and to sampling.
+DRAFT may be empty: no speculation. Prints a line of JSON per batch size: requests, seconds of a
+step in which all of them decode, and the seconds of it that go to drafting and to sampling;
+medians over the steps.
 """
 
 import json
 import sys
 import time
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -18,18 +22,44 @@ from vllm import LLM, SamplingParams
 TOKENS, PROMPT_TOKENS = 40, 120
 
 
-def timed(spent: dict[str, float], name: str) -> None:
-    """Have every call of the model runner's method ``name`` add its seconds to ``spent``."""
+class Step(NamedTuple):
+    """When a step of the model began, what it computed, and the seconds of its parts so far."""
+
+    began_s: float
+    tokens: int
+    spent_s: dict[str, float]
+
+
+STEPS: list[Step] = []
+PARTS = ("sample_tokens", "propose_draft_token_ids")
+
+
+def record_steps() -> None:
+    """Have every step of the model runner and its parts be timed into `STEPS`."""
+    execute = GPUModelRunner.execute_model
+
+    def step(self: object, scheduled: object, *args: object, **kwargs: object) -> object:
+        tokens = scheduled.total_num_scheduled_tokens
+        STEPS.append(Step(time.perf_counter(), tokens, dict.fromkeys(PARTS, 0.0)))
+        return execute(self, scheduled, *args, **kwargs)
+
+    GPUModelRunner.execute_model = step
+    for name in PARTS:
+        setattr(GPUModelRunner, name, timed(name))
+
+
+def timed(name: str) -> object:
+    """The model runner's method of that name, which adds its seconds to the step's."""
     original = getattr(GPUModelRunner, name)
 
     def run(*args: object, **kwargs: object) -> object:
-        began = time.perf_counter()
+        began_s = time.perf_counter()
         try:
             return original(*args, **kwargs)
         finally:
-            spent[name] += time.perf_counter() - began
+            STEPS[-1].spent_s[name] += time.perf_counter() - began_s
 
-    setattr(GPUModelRunner, name, run)
+    return run
 
 
 def main(model: str, draft: str, batches: list[int]) -> None:
@@ -48,25 +78,26 @@ def main(model: str, draft: str, batches: list[int]) -> None:
         enforce_eager=True,
         **({"speculative_config": speculation} if draft else {}),
     )
-    spent = {"sample_tokens": 0.0, "propose_draft_token_ids": 0.0}
-    for name in spent:
-        timed(spent, name)
+    record_steps()
     rng = np.random.default_rng(1)
     for batch in batches:
-        seconds = 0.0
         for tokens in (2, TOKENS):
             prompts = [
                 {"prompt_token_ids": rng.integers(10, 4000, PROMPT_TOKENS).tolist()}
                 for _ in range(batch)
             ]
-            spent.update(dict.fromkeys(spent, 0.0))
-            began = time.perf_counter()
+            STEPS.clear()
             sampling = SamplingParams(temperature=0.8, max_tokens=tokens, ignore_eos=True)
             llm.generate(prompts, sampling, use_tqdm=False)
-            seconds = time.perf_counter() - began
-        drafting = spent["propose_draft_token_ids"]
-        parts = (seconds, drafting, spent["sample_tokens"] - drafting)
-        print(json.dumps([batch, *(part / TOKENS for part in parts)]), flush=True)
+        decoding = [
+            (after.began_s - step.began_s, step.spent_s)
+            for step, after in pairwise(STEPS)
+            if step.tokens == after.tokens == batch
+        ]
+        step_s = median(seconds for seconds, _ in decoding)
+        sampling_s, drafting_s = (median(spent[name] for _, spent in decoding) for name in PARTS)
+        parts = (step_s, drafting_s, sampling_s - drafting_s)
+        print(json.dumps([batch, *parts]), flush=True)
 
 
 if __name__ == "__main__":
