@@ -6,7 +6,9 @@ Every instance has the same one, so two instances sample alike unless one is tol
 
 from __future__ import annotations
 
+import json
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +25,11 @@ class SamplingVllm(FakeVllm):
 
     ``wrong`` is the share of tokens after the first that a lossy acceptance rule replaces by the
     likeliest one (greedy: by the second likeliest). ``noise`` is the standard deviation of the
-    logits' rounding, different in each instance. ``peaked`` multiplies the logits. ``refuses``
+    logits' rounding, another with another ``seed``. ``peaked`` multiplies the logits. ``refuses``
     names body fields that are answered with 400, ``silent`` fields that are ignored.
+
+    What is drawn depends on the seed, the body, and how often that body came, so on no port and on
+    no order in which requests arrive.
     """
 
     wrong: float = 0.0
@@ -35,13 +40,13 @@ class SamplingVllm(FakeVllm):
     silent: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._numbers = np.random.default_rng(self.seed)
+        self._times: Counter[int] = Counter()
 
     def logits(self, prompt: int, before: int, *, read: bool = False) -> np.ndarray:
         """``read`` computes them in another shape, with other rounding."""
         truth = np.random.default_rng([prompt, before]).normal(size=VOCABULARY) * 1.5 * self.peaked
         truth[END] -= 2
-        rounding = np.random.default_rng([self.port, read, prompt, before])
+        rounding = np.random.default_rng([self.seed, read, prompt, before])
         return np.asarray(truth + rounding.normal(size=VOCABULARY) * self.noise)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -55,9 +60,12 @@ class SamplingVllm(FakeVllm):
         chat = "messages" in body
         prompt = body["messages"] if chat else body["prompt"]
         ids = prompt if isinstance(prompt, list) and not chat else [self._id_of(prompt), 1]
+        asked = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+        numbers = np.random.default_rng([self.seed, asked, self._times[asked]])
+        self._times[asked] += 1
         choices = []
         for index in range(1 if "n" in self.silent else body.get("n", 1)):
-            tokens = self._tokens(ids, body, self._numbers)
+            tokens = self._tokens(ids, body, numbers)
             choice: dict[str, object] = {"index": index, "text": ""}
             if "return_token_ids" not in self.silent:
                 choice["token_ids"] = tokens
