@@ -134,6 +134,8 @@ def test_an_installation_from_nothing(
     steps = first_installation[1]
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
     assert steps[-1] == ("checking that vLLM starts", 3, 3)
+    (packages,) = installed.glob("lib/python3.*/site-packages")
+    assert list((packages / "__pycache__").glob("small_part.*.pyc"))
 
 
 def test_the_plugin_is_found_by_the_engines_python(installed: Path) -> None:

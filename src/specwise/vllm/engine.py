@@ -151,6 +151,8 @@ def install(
         _make_environment(folder, progress)
         with (folder.parent / f"{folder.name}.log").open("w") as log:
             _install_packages(folder, progress, pip_arguments, log)
+        progress("compiling all modules", len(_pins()), len(_pins()))
+        _compile(folder)
         progress("checking that vLLM starts", len(_pins()), len(_pins()))
         torch_version = _smoke_check(folder)
         _install_plugin(folder)
@@ -298,7 +300,7 @@ def _pip_install(
 
 
 _PIP_OPTIONS = (
-    *("--no-deps", "--only-binary=:all:", "--no-input"),
+    *("--no-deps", "--only-binary=:all:", "--no-input", "--no-compile"),
     *("--progress-bar=off", "--disable-pip-version-check"),
 )
 
@@ -335,6 +337,15 @@ def _cuda_torch_error(what: str) -> EngineError:
         f"`PIP_EXTRA_INDEX_URL=<index> {INSTALL_COMMAND}`. PyTorch's installation page shows its "
         "address when CPU is selected.",
     )
+
+
+def _compile(folder: Path) -> None:
+    """Write the bytecode of every module on all cores; pip would take one.
+
+    Some files are templates that no Python can compile, so the exit code says nothing.
+    """
+    (packages,) = (folder / "lib").glob("python3.*/site-packages")
+    _run([str(folder / "bin" / "python"), "-I", "-m", "compileall", "-qq", "-j0", str(packages)])
 
 
 # What a server imports before it reads its arguments; imports of torch and the kernels included.
