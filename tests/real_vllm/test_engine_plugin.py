@@ -84,7 +84,7 @@ def _complete(server: Server, **options: Any) -> list[dict[str, Any]]:
 
 
 def _sampled_tokens(server: Server) -> np.ndarray[Any, np.dtype[Any]]:
-    """1,200 continuations of one prompt at temperature 1, as (sample, position) token texts."""
+    """800 continuations of one prompt at temperature 1, as (sample, position) token texts."""
 
     def batch(number: int) -> list[list[str]]:
         # vLLM gives choice i the seed plus i: seeds must be further apart than n.
@@ -94,7 +94,7 @@ def _sampled_tokens(server: Server) -> np.ndarray[Any, np.dtype[Any]]:
         return [choice["logprobs"]["tokens"] for choice in choices]
 
     with ThreadPoolExecutor(2) as pool:
-        return np.array([tokens for part in pool.map(batch, range(24)) for tokens in part])
+        return np.array([tokens for part in pool.map(batch, range(16)) for tokens in part])
 
 
 def _excess_distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

@@ -12,7 +12,7 @@ from specwise.vllm.server import Server
 
 QUICK = (
     *("--prompts", "bundled:prose", "--prompt-count", "16", "--greedy-tokens", "24"),
-    *("--sampling-prompts", "6", "--samples", "90", "--sample-tokens", "5", "--effect", "0.2"),
+    *("--sampling-prompts", "6", "--samples", "60", "--sample-tokens", "5", "--effect", "0.25"),
     *("--concurrency", "128", "--json"),
 )
 
