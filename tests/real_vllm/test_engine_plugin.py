@@ -72,6 +72,7 @@ def test_the_log_says_which_repairs_the_worker_has(drafting_server: Server, logs
         "repair 'sampling' applied",
         "repair 'synthetic' applied",
         "repair 'int4' applied",
+        "repair 'int8' applied",
     ]
 
 

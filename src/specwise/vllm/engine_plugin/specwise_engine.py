@@ -1,11 +1,11 @@
-"""Three repairs of vLLM's CPU build, applied by vLLM itself when it loads its general plugins.
+"""Four repairs of vLLM's CPU build, applied by vLLM itself when it loads its general plugins.
 
 On the CPU vLLM replaces its Triton kernels by functions of `vllm/utils/cpu_triton_utils.py`, which
 every worker registers after it has loaded the plugins. Two repairs swap such a function before
-that; the third gives 4-bit weights a product where vLLM has no kernel for one. Each applies to the
-versions it was tested on, and says in the server's log that it did, or why not.
+that; two give quantised weights a product where vLLM has no kernel, or takes the wrong one. Each
+applies to the versions it was tested on, and says in the server's log that it did, or why not.
 The environment variable SPECWISE_ENGINE_REPAIRS lists the repairs to apply: "none", or any of
-"sampling,synthetic,int4" (the default). This file runs inside the engine's Python, without
+"sampling,synthetic,int4,int8" (the default). This file runs inside the engine's Python, without
 specwise.
 """
 
@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     unpack_quantized_values_into_int32,
 )
@@ -64,6 +65,16 @@ def serve_int4() -> None:
     _apply("int4", _swap_int4)
 
 
+def serve_int8() -> None:
+    """Let W8A8 checkpoints be served in float32 on processors with AMX.
+
+    There vLLM 0.32 takes an AMX kernel by the weights' type alone. That kernel wants activations of
+    16 bits, so a float32 server dies at its first request; oneDNN's, which every other processor
+    gets, takes them.
+    """
+    _apply("int8", _swap_int8)
+
+
 def _apply(repair: str, swap: Callable[[], None]) -> None:
     reason = _reason_not_to_apply(repair)
     if reason is None:
@@ -74,7 +85,7 @@ def _apply(repair: str, swap: Callable[[], None]) -> None:
 
 
 def _reason_not_to_apply(repair: str) -> str | None:
-    wanted = os.environ.get(SWITCH, "sampling,synthetic,int4")
+    wanted = os.environ.get(SWITCH, "sampling,synthetic,int4,int8")
     version = vllm.__version__.partition("+")[0]
     if repair not in (name.strip() for name in wanted.split(",")):
         return f"{SWITCH}={wanted}"
@@ -82,7 +93,7 @@ def _reason_not_to_apply(repair: str) -> str | None:
         return f"tested on vLLM {', '.join(TESTED_VERSIONS)}, this is {version}"
     if not current_platform.is_cpu():
         return "this is not the CPU platform"
-    if HAS_TRITON and repair != "int4":
+    if HAS_TRITON and repair in ("sampling", "synthetic"):
         return "Triton runs these kernels itself"
     return None
 
@@ -223,6 +234,22 @@ def _swap_int4() -> None:
 
     CPUWNA16LinearKernel.process_weights_after_loading = process_weights_after_loading
     CPUWNA16LinearKernel.apply_weights = apply_weights
+
+
+def _swap_int8() -> None:
+    load = CPUInt8ScaledMMLinearKernel.process_weights_after_loading
+
+    def process_weights_after_loading(
+        self: CPUInt8ScaledMMLinearKernel, layer: torch.nn.Module
+    ) -> None:
+        # vLLM loads a model with its dtype as torch's default.
+        if torch.get_default_dtype() in (torch.bfloat16, torch.float16):
+            load(self, layer)
+        else:
+            self.linear_method = self._apply_weights_onednn
+            self.process_weights_for_onednn(layer)
+
+    CPUInt8ScaledMMLinearKernel.process_weights_after_loading = process_weights_after_loading
 
 
 def _has_int4_kernel(dtype: torch.dtype) -> bool:
