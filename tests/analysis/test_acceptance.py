@@ -111,6 +111,28 @@ def test_sources_are_tried_best_first_and_agree() -> None:
     assert chunks.per_request == replace(per_request.per_request, source=AcceptanceSource.CHUNKS)
 
 
+def test_a_chunk_that_no_step_can_have_filled_is_not_counted() -> None:
+    """One answer of which the server sent the rest in one piece, once its stream had caught up."""
+    study = demo_study(demo_design(loads=(C16,)), source=AcceptanceSource.CHUNKS)
+    study = replace(
+        study,
+        trials=tuple(
+            replace(t, parts=tuple(replace(p, counters={}) for p in t.parts)) for t in study.trials
+        ),
+    )
+    trials, merged = list(study.trials), 0
+    for i, measured in enumerate(trials):
+        records = list(measured.records)
+        for j, record in enumerate(records):
+            if record.acceptance is not None and merged < 5:
+                counts = record.acceptance.steps_by_accepted
+                stalled = replace(record.acceptance, steps_by_accepted=(*counts, *[0] * 25, 1))
+                records[j], merged = replace(record, acceptance=stalled), merged + 1
+        trials[i] = replace(measured, records=tuple(records))
+    assert merged == 5
+    assert summarise_acceptance(replace(study, trials=tuple(trials))) == summarise_acceptance(study)
+
+
 def test_counters_cannot_speak_for_a_segment_of_a_mix() -> None:
     study = demo_study(demo_design(loads=(C16,)), source=AcceptanceSource.COUNTERS)
     found = summarise_acceptance(study)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -95,7 +95,7 @@ def summarise_acceptance(
             continue
         for segment in segments_of(study, workload):
             records = _records(measured[key], segment)
-            counted = _counts(measured[key], records, segment)
+            counted = _counts(measured[key], records, segment, speculation)
             if counted is None or not records:
                 continue
             found.append(
@@ -174,22 +174,38 @@ def _records(tables: Sequence[TrialTable], segment: str | None) -> list[RequestR
     ]
 
 
+def without_merged(counts: AcceptanceCounts, speculation: Speculation) -> AcceptanceCounts:
+    """Counts from chunks without those that accepted more drafts than a step of the arm has.
+
+    vLLM puts all that was generated since the last chunk into the next one (0.32,
+    v1/engine/output_processor.py, RequestOutputCollector), so a server whose streams fall behind
+    its engine, and be it for one pass of the garbage collector, merges steps.
+    """
+    kept = counts.steps_by_accepted[: speculation.k + 1]
+    if counts.source is not AcceptanceSource.CHUNKS or kept == counts.steps_by_accepted:
+        return counts
+    return replace(counts, steps_by_accepted=kept)
+
+
 def _of_source(
-    records: Iterable[RequestRecord], source: AcceptanceSource
+    records: Iterable[RequestRecord], source: AcceptanceSource, speculation: Speculation
 ) -> list[AcceptanceCounts]:
-    counts = (r.acceptance for r in records)
-    return [c for c in counts if c is not None and c.source is source and c.steps]
+    held = [r.acceptance for r in records if r.acceptance and r.acceptance.source is source]
+    return [c for c in (without_merged(c, speculation) for c in held) if c.steps]
 
 
 def _counts(
-    tables: Sequence[TrialTable], records: Sequence[RequestRecord], segment: str | None
+    tables: Sequence[TrialTable],
+    records: Sequence[RequestRecord],
+    segment: str | None,
+    speculation: Speculation,
 ) -> AcceptanceCounts | None:
     """The cell's counts from the best source it has."""
-    per_request = merge(_of_source(records, AcceptanceSource.PER_REQUEST), 0)
+    per_request = merge(_of_source(records, AcceptanceSource.PER_REQUEST, speculation), 0)
     if per_request is not None:
         return per_request
     counters = counted_by_server(tables) if segment is None else None
-    return counters or merge(_of_source(records, AcceptanceSource.CHUNKS), 0)
+    return counters or merge(_of_source(records, AcceptanceSource.CHUNKS, speculation), 0)
 
 
 def counted_by_server(tables: Sequence[TrialTable]) -> AcceptanceCounts | None:
@@ -280,7 +296,8 @@ def _may_draft_less(speculation: Speculation) -> bool:
 def _spread(records: Sequence[RequestRecord], speculation: Speculation) -> RequestSpread | None:
     """The distribution of the per-request rate, from the best source the records have."""
     for source in (AcceptanceSource.PER_REQUEST, AcceptanceSource.CHUNKS):
-        drafted = [(c, drafted_tokens(c, speculation)) for c in _of_source(records, source)]
+        counted = _of_source(records, source, speculation)
+        drafted = [(c, drafted_tokens(c, speculation)) for c in counted]
         rates = np.array([c.accepted_tokens / d for c, d in drafted if d])
         if len(rates):
             p10, p50, p90 = np.quantile(rates, [0.1, 0.5, 0.9])

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from specwise.analysis.acceptance import counted_by_server
+from specwise.analysis.acceptance import counted_by_server, without_merged
 from specwise.analysis.cells import Cells, Floats, TrialTable, cells, segments_of
 from specwise.analysis.comparison import (
     CONFIDENCE,
@@ -409,8 +409,10 @@ def _prompt_counts(
     drafted_to = None if speculation.schedule else speculation.k
     found: dict[str, Counted] = {}
     for record in records:
-        counts = record.acceptance
-        if counts is None or counts.source is not source or not counts.steps:
+        if record.acceptance is None or record.acceptance.source is not source:
+            continue
+        counts = without_merged(record.acceptance, speculation)
+        if not counts.steps:
             continue
         before = found.get(record.prompt_id, (0.0, 0.0))
         accepted, drafted = at_draft_length(counts, drafted_to, k)

@@ -500,8 +500,9 @@ def acceptance_from_chunks(
     token or a stop string cut it short. That omission makes the estimate slightly low: a long step
     is likelier than a short one to be the one that reaches the end; the bias is of the order of
     one step in the number of steps. Steps in which no draft was proposed count as rejections, and
-    a server that merges steps into one chunk (a slow reader, a stream interval above 1, a parser
-    that withholds text) makes it high. The number of drafts proposed cannot be told.
+    a server that merges steps into one chunk (a slow reader, a stream that falls behind its engine,
+    a stream interval above 1, a parser that withholds text) makes it high. The number of drafts
+    proposed cannot be told.
     """
     steps = [n - 1 for n in chunk_tokens[1 : len(chunk_tokens) - bool(finished)] if n > 0]
     if not steps:
