@@ -29,7 +29,7 @@ TRUTH = """
 [costs]
 target_pass_ms = 8
 token_us = 150
-draft_pass_ms = 1.6
+draft_pass_ms = 0.8
 [[segment]]
 name = "easy"
 match = "easy"
