@@ -24,7 +24,7 @@ from specwise.analysis.acceptance import (
     summarise_acceptance,
     unconditional_acceptance,
 )
-from specwise.domain import AcceptanceCounts, AcceptanceSource, Speculation, StudyData
+from specwise.domain import AcceptanceCounts, AcceptanceSource, Speculation, StudyData, StudyDesign
 
 histograms = st.lists(st.integers(0, 500), min_size=2, max_size=9).filter(lambda h: sum(h) > 0)
 
@@ -36,6 +36,15 @@ def one(study: StudyData, arm: str, workload: str, segment: str | None) -> Accep
         if (a.arm, a.workload, a.segment, a.load) == (arm, workload, segment, C16)
     )
     return found
+
+
+def known_by_chunks(design: StudyDesign) -> StudyData:
+    """A study on servers that say nothing of speculation."""
+    study = demo_study(design, source=AcceptanceSource.CHUNKS)
+    silent = (
+        replace(t, parts=tuple(replace(p, counters={}) for p in t.parts)) for t in study.trials
+    )
+    return replace(study, trials=tuple(silent))
 
 
 @given(histograms)
@@ -93,15 +102,7 @@ def test_sources_are_tried_best_first_and_agree() -> None:
     counters = one(
         demo_study(design, source=AcceptanceSource.COUNTERS), "draft_model", "json", None
     )
-    chunks_study = demo_study(design, source=AcceptanceSource.CHUNKS)
-    without_counters = replace(
-        chunks_study,
-        trials=tuple(
-            replace(t, parts=tuple(replace(p, counters={}) for p in t.parts))
-            for t in chunks_study.trials
-        ),
-    )
-    chunks = one(without_counters, "draft_model", "json", None)
+    chunks = one(known_by_chunks(design), "draft_model", "json", None)
     assert [a.source for a in (per_request, counters, chunks)] == list(AcceptanceSource)
     for other in (counters, chunks):
         assert other.rate == pytest.approx(per_request.rate)
@@ -113,13 +114,7 @@ def test_sources_are_tried_best_first_and_agree() -> None:
 
 def test_a_chunk_that_no_step_can_have_filled_is_not_counted() -> None:
     """One answer of which the server sent the rest in one piece, once its stream had caught up."""
-    study = demo_study(demo_design(loads=(C16,)), source=AcceptanceSource.CHUNKS)
-    study = replace(
-        study,
-        trials=tuple(
-            replace(t, parts=tuple(replace(p, counters={}) for p in t.parts)) for t in study.trials
-        ),
-    )
+    study = known_by_chunks(demo_design(loads=(C16,)))
     trials, merged = list(study.trials), 0
     for i, measured in enumerate(trials):
         records = list(measured.records)

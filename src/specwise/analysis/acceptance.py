@@ -174,24 +174,29 @@ def _records(tables: Sequence[TrialTable], segment: str | None) -> list[RequestR
     ]
 
 
-def without_merged(counts: AcceptanceCounts, speculation: Speculation) -> AcceptanceCounts:
-    """Counts from chunks without those that accepted more drafts than a step of the arm has.
+def counts_from(
+    record: RequestRecord, source: AcceptanceSource, speculation: Speculation
+) -> AcceptanceCounts | None:
+    """What ``source`` says of one request of an arm; None if it says nothing.
 
-    vLLM puts all that was generated since the last chunk into the next one (0.32,
-    v1/engine/output_processor.py, RequestOutputCollector), so a server whose streams fall behind
-    its engine, and be it for one pass of the garbage collector, merges steps.
+    Chunks that accepted more drafts than a step of the arm has are left out: vLLM puts all that was
+    generated since the last chunk into the next one (0.32, v1/engine/output_processor.py,
+    RequestOutputCollector), so a server whose streams fall behind its engine, and be it for one
+    pass of the garbage collector, merges steps.
     """
-    kept = counts.steps_by_accepted[: speculation.k + 1]
-    if counts.source is not AcceptanceSource.CHUNKS or kept == counts.steps_by_accepted:
-        return counts
-    return replace(counts, steps_by_accepted=kept)
+    counts = record.acceptance
+    if counts is None or counts.source is not source:
+        return None
+    if source is AcceptanceSource.CHUNKS:
+        counts = replace(counts, steps_by_accepted=counts.steps_by_accepted[: speculation.k + 1])
+    return counts if counts.steps else None
 
 
 def _of_source(
     records: Iterable[RequestRecord], source: AcceptanceSource, speculation: Speculation
 ) -> list[AcceptanceCounts]:
-    held = [r.acceptance for r in records if r.acceptance and r.acceptance.source is source]
-    return [c for c in (without_merged(c, speculation) for c in held) if c.steps]
+    held = (counts_from(record, source, speculation) for record in records)
+    return [counts for counts in held if counts is not None]
 
 
 def _counts(

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from specwise.analysis.acceptance import counted_by_server, without_merged
+from specwise.analysis.acceptance import counted_by_server, counts_from
 from specwise.analysis.cells import Cells, Floats, TrialTable, cells, segments_of
 from specwise.analysis.comparison import (
     CONFIDENCE,
@@ -409,10 +409,8 @@ def _prompt_counts(
     drafted_to = None if speculation.schedule else speculation.k
     found: dict[str, Counted] = {}
     for record in records:
-        if record.acceptance is None or record.acceptance.source is not source:
-            continue
-        counts = without_merged(record.acceptance, speculation)
-        if not counts.steps:
+        counts = counts_from(record, source, speculation)
+        if counts is None:
             continue
         before = found.get(record.prompt_id, (0.0, 0.0))
         accepted, drafted = at_draft_length(counts, drafted_to, k)
