@@ -466,22 +466,20 @@ def trial_noise(
         logs = _block_logs(block, metric)
         if not np.isfinite(logs).all():
             continue
-        own = requests[block.workload, block.load] or of_load[block.load]
-        own_variance = float(np.mean(own)) if own else 0.0
+        own = requests[block.workload, block.load] or of_load[block.load] or [0.0]
         if block.again:
             pair_square, dof = float((logs[0, 0] - logs[1, 0]) ** 2), 1
         else:
             residual = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
             pair_square = 2 * float((residual**2).sum())
             dof = (logs.shape[0] - 1) * (logs.shape[1] - 1)
-        squares.append(_Square(block.load, pair_square, dof, own_variance))
+        squares.append(_Square(block.load, pair_square, dof, float(np.mean(own))))
     found = {}
     for load in {key[3] for key in of_trials}:
         pool = [square for square in squares if square.load == load]
         if sum(square.dof for square in pool) < _FEWEST_DOF_BY_LOAD:
             pool = squares
-        own = of_load[load]
-        found[load] = _machine_noise(pool, float(np.mean(own)) if own else 0.0)
+        found[load] = _machine_noise(pool, float(np.mean(of_load[load] or [0.0])))
     return found
 
 

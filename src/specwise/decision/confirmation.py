@@ -6,7 +6,7 @@ A refusal is not the end: what it showed joins the search, and the next way is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -267,36 +267,45 @@ def confirm(
     sweep: StudyDesign, study: StudyData, *, number: int = 1, seed: int = 0
 ) -> tuple[Confirmation, ...]:
     """What ``study``, a confirmation of ``sweep``, says of each arm in it, the scheduled first."""
-    family = _confirmed_family(sweep, study)
-    arms = [arm.name for arm in study.design.arms[1:]]
-    return tuple(_confirm(study, number, family, arm, seed) for arm in reversed(arms))
-
-
-def _confirm(study: StudyData, number: int, family: str, arm: str, seed: int) -> Confirmation:
-    design = study.design
-    measured = cells(study)
-    baseline, static = design.arms[0].name, design.arms[1].name
-    to_baseline = _by_cell(speedup_effects(measured, baseline, seed=seed), arm)
-    to_static: Mapping[tuple[str, LoadPoint], Effect] = {}
-    if arm != static:
-        to_static = _by_cell(speedup_effects(measured, static, seed=seed), arm)
-    versus = _by_cell(speedup_effects(measured, baseline, seed=seed), static)
+    family, measured = _confirmed_family(sweep, study), cells(study)
+    baseline, static, *scheduled = (arm.name for arm in study.design.arms)
+    over_off = speedup_effects(measured, baseline, seed=seed)
+    over_static = speedup_effects(measured, static, seed=seed) if scheduled else ()
+    of_static = _by_cell(over_off, static)
     found = []
-    for cell, effect in to_baseline.items():
-        rival = effect
-        if cell in to_static and cell in versus and versus[cell].ratio > 1:
-            rival = to_static[cell]
+    for arm in (*scheduled, static):
+        speculation = study.design.arm(arm).speculation
+        assert speculation is not None  # noqa: S101 - only such arms are confirmed
+        to_static = _by_cell(over_static, arm)
+        held = [
+            _confirmed_load(effect, of_static.get(cell), to_static.get(cell))
+            for cell, effect in _by_cell(over_off, arm).items()
+        ]
+        ours = [c for c in held if c.workload == study.design.production_workload]
+        outcome, reasons = _outcome(ours, len(study.design.loads))
         found.append(
-            ConfirmedLoad(
-                cell[0], cell[1], effect, to_static.get(cell), rival.ratio, rival.low, rival.high
+            Confirmation(
+                number, family, arm, speculation.schedule, static, tuple(held), outcome, reasons
             )
         )
-    ours = [c for c in found if c.workload == design.production_workload]
-    speculation = design.arm(arm).speculation
-    assert speculation is not None  # noqa: S101 - only such arms are confirmed
-    outcome, reasons = _outcome(ours, len(design.loads))
-    return Confirmation(
-        number, family, arm, speculation.schedule, static, tuple(found), outcome, reasons
+    return tuple(found)
+
+
+def _confirmed_load(
+    to_baseline: Effect, static: Effect | None, to_static: Effect | None
+) -> ConfirmedLoad:
+    """One cell; ``static`` is what the static arm has over the baseline there."""
+    rival = to_baseline
+    if to_static is not None and static is not None and static.ratio > 1:
+        rival = to_static
+    return ConfirmedLoad(
+        workload=to_baseline.workload,
+        load=to_baseline.load,
+        to_baseline=to_baseline,
+        to_static=to_static,
+        ratio=rival.ratio,
+        low=rival.low,
+        high=rival.high,
     )
 
 

@@ -55,11 +55,7 @@ def recommend(
     for confirmation in confirmations:
         if confirmation.outcome == "confirmed":
             return _confirmed(confirmation, bound)
-    refused = tuple(
-        f"{_named(c)}: {c.outcome}; {listed(c.reasons)}."
-        for c in confirmations
-        if c.outcome != "confirmed"
-    )
+    refused = tuple(f"{_named(c)}: {c.outcome}; {listed(c.reasons)}." for c in confirmations)
     known = standing.regret_bound <= tolerance
     nothing = not to_confirm(ways, tolerance)
     if known and (
