@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +23,12 @@ from specwise.decision.change import (
 )
 from specwise.domain import StudyData
 from specwise.reporting import wording
-from specwise.reporting.console import console_text, ruled_table
+from specwise.reporting.console import (
+    console_text,
+    print_answer,
+    print_indented,
+    ruled_table,
+)
 from specwise.reporting.export import whole_file
 from specwise.reporting.html import page_template
 from specwise.reporting.json_export import SCHEMA_VERSION, json_types, without_secrets
@@ -115,18 +119,14 @@ class _Printer:
 
     def print_all(self, page: Path | None) -> None:
         change, verdict = self.change, self.verdict
-        colour = _COLOURS[EXIT_CODES[verdict.outcome]]
-        head = self.text(
-            f"{OUTCOME_MARKS[verdict.outcome]} {OUTCOME_WORDS[verdict.outcome].upper()}",
-            f"bold {colour}",
+        print_answer(
+            self.console,
+            f"{OUTCOME_MARKS[verdict.outcome]} {OUTCOME_WORDS[verdict.outcome]}",
+            _COLOURS[EXIT_CODES[verdict.outcome]],
+            about=f"{change.before.design.name} to {change.after.design.name}",
+            predicted=change.before.predicted or change.after.predicted,
+            headline=verdict.headline,
         )
-        names = [study.design.name for study in (change.before, change.after)]
-        head += self.text(f"   {names[0]} → {names[1]}".replace("→", "to"))
-        if change.before.predicted or change.after.predicted:
-            head += self.text("   PREDICTED, not measured", "bold yellow")
-        self.console.print()
-        self.line(head, 0)
-        self.line(self.text(verdict.headline, "bold"))
         self.listed("Do", verdict.advice)
         self.print_acceptance()
         self.print_times()
@@ -141,7 +141,7 @@ class _Printer:
         return console_text(self.console, words, style)
 
     def line(self, body: Text | Table, indent: int = 2) -> None:
-        self.console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
+        print_indented(self.console, body, indent)
 
     def listed(self, label: str, sentences: Sequence[str], style: str = "bold") -> None:
         if sentences:

@@ -75,19 +75,33 @@ def print_experiment(experiment: Experiment, console: Console | None = None) -> 
     console = console or Console()
     found = findings_of(experiment)
     console.print()
-    _print_indented(console, console_text(console, found.title, "bold"))
+    print_indented(console, console_text(console, found.title, "bold"))
     for sentence in found.sentences:
         grid = Table.grid(padding=(0, 1))
         grid.add_row(console_text(console, "–"), console_text(console, sentence))
-        _print_indented(console, grid)
+        print_indented(console, grid)
     for sheet in found.sheets:
         console.print()
-        _print_indented(console, console_text(console, sheet.title, "bold"))
-        _print_indented(console, _sheet_table(console, sheet), 1)
+        print_indented(console, console_text(console, sheet.title, "bold"))
+        print_indented(console, _sheet_table(console, sheet), 1)
 
 
-def _print_indented(console: Console, body: RenderableType, indent: int = 2) -> None:
+def print_indented(console: Console, body: RenderableType, indent: int = _INDENT) -> None:
+    """Print ``body`` with ``indent`` spaces before each line."""
     console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
+
+
+def print_answer(
+    console: Console, answer: str, colour: str, *, about: str, predicted: bool, headline: str
+) -> None:
+    """Print what every answer begins with: a mark and its words, of what, and why in a sentence."""
+    head = console_text(console, answer.upper(), f"bold {colour}")
+    head += console_text(console, f"   {about}")
+    if predicted:
+        head += console_text(console, "   PREDICTED, not measured", "bold yellow")
+    console.print()
+    print_indented(console, head, 0)
+    print_indented(console, console_text(console, headline, "bold"))
 
 
 def _sheet_table(console: Console, sheet: Sheet) -> Table:
@@ -146,7 +160,7 @@ class _Printer:
         return console_text(self.console, words, style)
 
     def line(self, body: RenderableType, indent: int = _INDENT) -> None:
-        self.console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
+        print_indented(self.console, body, indent)
 
     def labelled(self, label: str, words: str) -> None:
         grid = Table.grid(padding=(0, 1))
@@ -157,15 +171,14 @@ class _Printer:
 
     def print_verdict(self) -> None:
         verdict, design = self.verdict, self.design
-        colour = COLOURS[verdict.decision]
-        mark, words = DECISION_MARKS[verdict.decision], DECISION_WORDS[verdict.decision]
-        head = self.text(f"{mark} {words.upper()}", f"bold {colour}")
-        head += self.text(f"   {design.production_workload}, {load_phrase(design.production_load)}")
-        if self.assessment.study.predicted:
-            head += self.text("   PREDICTED, not measured", "bold yellow")
-        self.console.print()
-        self.line(head, 0)
-        self.line(self.text(verdict.headline, "bold"))
+        print_answer(
+            self.console,
+            f"{DECISION_MARKS[verdict.decision]} {DECISION_WORDS[verdict.decision]}",
+            COLOURS[verdict.decision],
+            about=f"{design.production_workload}, {load_phrase(design.production_load)}",
+            predicted=self.assessment.study.predicted,
+            headline=verdict.headline,
+        )
         for reason in verdict.reasons[:2]:
             self.line(self.text(reason))
         if verdict.segments:

@@ -6,19 +6,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.padding import Padding
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from specwise.decision.confirmation import Confirmation, ConfirmedLoad
 from specwise.decision.deployment import Tuned
 from specwise.decision.findings import counted
-from specwise.decision.standing import (
-    ArmStanding,
-)
+from specwise.decision.standing import ArmStanding
 from specwise.decision.ways import KEPT
-from specwise.reporting.console import COLOURS, console_text, ruled_table
+from specwise.reporting.console import (
+    COLOURS,
+    console_text,
+    print_answer,
+    print_indented,
+    ruled_table,
+)
 from specwise.reporting.tuning_view import (
     HOLDS_WORDS,
     STOPPED_WORDS,
@@ -58,19 +61,19 @@ class _Printer:
     def text(self, words: str, style: str = "") -> Text:
         return console_text(self.console, words, style)
 
-    def line(self, body: Text, indent: int = 2) -> None:
-        self.console.print(Padding(body, (0, 0, 0, indent), expand=False), highlight=False)
+    def line(self, body: RenderableType, indent: int = 2) -> None:
+        print_indented(self.console, body, indent)
 
     def print_all(self, report: Path | None) -> None:
         view, answer = self.view, self.tuned.recommendation
-        mark, words = DECISION_MARKS[answer.decision], DECISION_WORDS[answer.decision]
-        head = self.text(f"{mark} {words.upper()}", f"bold {COLOURS[answer.decision]}")
-        head += self.text(f"   {view.production}, {view.loads[0].label} to {view.loads[-1].label}")
-        if self.tuned.search.predicted:
-            head += self.text("   PREDICTED, not measured", "bold yellow")
-        self.console.print()
-        self.line(head, 0)
-        self.line(self.text(answer.headline, "bold"))
+        print_answer(
+            self.console,
+            f"{DECISION_MARKS[answer.decision]} {DECISION_WORDS[answer.decision]}",
+            COLOURS[answer.decision],
+            about=f"{view.production}, {view.loads[0].label} to {view.loads[-1].label}",
+            predicted=self.tuned.search.predicted,
+            headline=answer.headline,
+        )
         for reason in answer.reasons[:3]:
             self.line(self.text(reason))
         if answer.routing:
@@ -89,7 +92,7 @@ class _Printer:
         if self.tuned.standing.slowed:
             words = slowed_words(self.tuned.standing)
             facts.add_row(self.text("Left out", "bold"), self.text(words))
-        self.console.print(Padding(facts, (0, 0, 0, 2), expand=False), highlight=False)
+        self.line(facts)
         for place, command in enumerate(view.next_steps(view.folder(report))):
             self.labelled("" if place else "Next", command)
         if report is not None:
@@ -107,7 +110,7 @@ class _Printer:
             table.add_column(self.text(batch_span(first, last)), justify="right", no_wrap=True)
         table.add_row(self.text("Draft length k"), *(self.text(str(k)) for *_, k in rows))
         self.console.print()
-        self.console.print(Padding(table, (0, 0, 0, 1), expand=False), highlight=False)
+        self.line(table, 1)
 
     def _confirmed(self, deployed: Confirmation) -> None:
         static = deployed.static_arm if deployed.schedule else None
@@ -132,7 +135,7 @@ class _Printer:
             table.add_row(*cells)
         self.console.print()
         self.line(self.text("Speed against off, on new requests, 95 % interval", "bold"))
-        self.console.print(Padding(table, (0, 0, 0, 1), expand=False), highlight=False)
+        self.line(table, 1)
 
     def _effect(self, cell: ConfirmedLoad | None) -> Text:
         if cell is None or math.isnan(cell.to_baseline.ratio):
@@ -161,7 +164,7 @@ class _Printer:
             )
         self.console.print()
         self.line(self.text("What the search believes; nothing is confirmed", "bold"))
-        self.console.print(Padding(table, (0, 0, 0, 1), expand=False), highlight=False)
+        self.line(table, 1)
 
 
 def _rests(standing: ArmStanding) -> tuple[str, str]:

@@ -13,9 +13,7 @@ from urllib.parse import quote
 
 from specwise.decision.confirmation import Confirmation
 from specwise.decision.deployment import Tuned
-from specwise.decision.standing import (
-    ArmStanding,
-)
+from specwise.decision.standing import ArmStanding
 from specwise.decision.ways import KEPT, FamilyStanding
 from specwise.domain import LoadPoint
 from specwise.reporting import wording

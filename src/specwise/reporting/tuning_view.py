@@ -32,12 +32,7 @@ from specwise.domain import LoadPoint, PickRecord, Trial
 from specwise.measurement.sweep import families
 from specwise.reporting.json_export import SCHEMA_VERSION, json_types
 from specwise.reporting.tuning_figures import LoadRow
-from specwise.reporting.wording import (
-    MISSING,
-    interval,
-    number,
-    ratio,
-)
+from specwise.reporting.wording import MISSING, interval, number, ratio
 
 STOPPED_WORDS: Final[Mapping[str, str]] = {
     "tolerance": "the bound is within the tolerance",
@@ -287,12 +282,7 @@ def tuning_to_dict(tuned: Tuned) -> dict[str, Any]:
         "slowed": dict(standing.slowed),
         "ways": [json_types(way) | {"gain": json_types(way.gain)} for way in tuned.ways],
         "confirmations": [
-            json_types(c)
-            | {
-                "cells": [
-                    json_types(cell) | {"holds": HOLDS_WORDS[holds(cell)]} for cell in c.cells
-                ]
-            }
+            json_types(c) | {"cells": [_confirmed_to_dict(cell) for cell in c.cells]}
             for c in tuned.confirmations
         ],
     }
