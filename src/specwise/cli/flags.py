@@ -13,11 +13,7 @@ from specwise.cli.checked_command import FORMATS, answer, check, say_findings
 from specwise.domain import Speculation
 from specwise.errors import InputError
 from specwise.facts.checkpoint import full_name
-from specwise.vllm.command import (
-    Version,
-    names,
-    read_words,
-)
+from specwise.vllm.command import Version, names, read_words
 from specwise.vllm.flags import ServeOptions, serve_command
 
 _USUAL_K = {"mtp": 1, "suffix": 24}  # one MTP layer drafts one token well; suffix takes k as a cap

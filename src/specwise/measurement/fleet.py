@@ -95,18 +95,12 @@ class Fleet:
         self._quieten(arm)
         server = self._servers.get(arm.name)
         known = arm.name in self._targets
-        if server is None or (known and not server.alive):
-            return self._introduce(arm, arm.deployment, self._launch(arm, arm.deployment))
-        if not known:  # launched by `start`, not waited for yet
-            return self._introduce(arm, arm.deployment, server)
-        try:
-            server.resume()
-        except ServerError:
-            if server.alive:
-                raise
-            return self._introduce(arm, arm.deployment, self._launch(arm, arm.deployment))
-        self._servers[arm.name] = self._servers.pop(arm.name)  # the order is that of use
-        return self._targets[arm.name]
+        if server is not None and known and _goes_on(server):
+            self._servers[arm.name] = self._servers.pop(arm.name)  # the order is that of use
+            return self._targets[arm.name]
+        if server is None or known:  # else launched by `start`, not waited for yet
+            server = self._launch(arm, arm.deployment)
+        return self._introduce(arm, arm.deployment, server)
 
     @property
     def running(self) -> frozenset[str]:
@@ -261,6 +255,22 @@ class Fleet:
         if description != known:
             self._described[arm.name] = description
             self._on_described(self._described)
+
+
+def _goes_on(server: Server) -> bool:
+    """Whether a server that was up answers again; False if it died, be it while it was waited for.
+
+    Raises ServerError if it runs and does not answer.
+    """
+    if not server.alive:
+        return False
+    try:
+        server.resume()
+    except ServerError:
+        if server.alive:
+            raise
+        return False
+    return True
 
 
 def resolve_model(reference: str) -> str:

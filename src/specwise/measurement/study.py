@@ -230,13 +230,8 @@ def _thin_loads(design: StudyDesign) -> list[str]:
     All clients start at once and end one by one: prompts are computed in a burst, and what follows
     runs in a batch that shrinks.
     """
-    fewest = {load: min(t.requests for t in design.trials if t.load == load) for load in
-              {trial.load for trial in design.trials}}  # fmt: skip
-    return [
-        load.label
-        for load in sorted(fewest)
-        if load.loop is Loop.CLOSED and load.value > 1 and fewest[load] < 2 * load.value
-    ]
+    thin = {trial.load for trial in design.trials if trial.requests < 2 * trial.load.value}
+    return [load.label for load in sorted(thin) if load.loop is Loop.CLOSED and load.value > 1]
 
 
 _Cells = Mapping[str, tuple[ChosenPrompt, ...]]  # what to send, by trial id

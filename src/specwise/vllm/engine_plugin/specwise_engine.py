@@ -34,6 +34,7 @@ logger = init_logger("vllm.specwise_engine")
 
 SWITCH = "SPECWISE_ENGINE_REPAIRS"
 TESTED_VERSIONS = ("0.32.0",)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def repair_sampling() -> None:
@@ -243,7 +244,7 @@ def _swap_int8() -> None:
         self: CPUInt8ScaledMMLinearKernel, layer: torch.nn.Module
     ) -> None:
         # vLLM loads a model with its dtype as torch's default.
-        if torch.get_default_dtype() in (torch.bfloat16, torch.float16):
+        if torch.get_default_dtype() in HALVES:
             load(self, layer)
         else:
             self.linear_method = self._apply_weights_onednn
@@ -254,8 +255,7 @@ def _swap_int8() -> None:
 
 def _has_int4_kernel(dtype: torch.dtype) -> bool:
     """Whether this build multiplies 4-bit weights by activations of ``dtype``."""
-    halves = (torch.bfloat16, torch.float16)
-    return dtype in halves and hasattr(torch.ops._C, "cpu_gemm_wna16")
+    return dtype in HALVES and hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def dequantise(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
